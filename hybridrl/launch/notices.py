@@ -11,9 +11,7 @@ from hybridrl.core.errors import (
     ServerError,
 )
 from hybridrl.kernels.products import processor, products_notice
-from hybridrl.launch.teacher_levels import (
-    teachers_left_out,
-)
+from hybridrl.launch.teacher_levels import teachers_left_out
 from hybridrl.launch.warm_workers import Kept
 from hybridrl.models.arithmetic import dtype_notice
 from hybridrl.run_dir.checkpoint import Checkpoint, Checkpointer

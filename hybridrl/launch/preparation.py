@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 from hybridrl.controller.held_out_set import HeldOutSet
 from hybridrl.controller.metrics import check_metrics
-from hybridrl.core.errors import (
-    ConfigError,
-)
+from hybridrl.core.errors import ConfigError
 from hybridrl.data.mixture import prompt_cursor
 from hybridrl.data.problem import Problem
 from hybridrl.data.problem_sources import load_problems
@@ -34,9 +32,7 @@ from hybridrl.objectives.user_code import check_user_code
 from hybridrl.rewards.check import check_columns, check_judged, check_taken, loaded_rewards
 from hybridrl.rewards.reward_model import check_reward_models
 from hybridrl.rollout.engine_arguments import ArgumentRules, check_engine_arguments, check_installed
-from hybridrl.run_dir.directory import (
-    check_usable,
-)
+from hybridrl.run_dir.directory import check_usable
 from hybridrl.runtime.ray_connection import starts_ray
 from hybridrl.settings.choices import EvidenceKind
 from hybridrl.settings.run import RunSettings

@@ -41,9 +41,7 @@ from hybridrl.launch.preflight import (
 )
 from hybridrl.launch.preparation import preflight
 from hybridrl.launch.run_result import ExitReason, RunResult, run_result
-from hybridrl.launch.set_prompts import (
-    prompts_by_set,
-)
+from hybridrl.launch.set_prompts import prompts_by_set
 from hybridrl.launch.teacher_levels import (
     measure_teachers,
     same_levels,

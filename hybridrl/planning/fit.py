@@ -88,7 +88,7 @@ def check_cache_of(plan: Plan, worker: str, of_token: int, remedy: str) -> None:
 
 def check_measuring(plan: Plan) -> None:
     """Refuse a teacher whose accuracy is to be measured and that cannot be sampled by the settings
-    of rollout, in the place of an engine of the student, with one sequence at a time.
+    of rollout, in the place of an engine of the student, with a KV cache for one sequence.
 
     Raises:
         ConfigError: it cannot, on GPUs.
@@ -209,7 +209,7 @@ def hopeless(plan: Plan, worker: str) -> str:
     return f"not even {MOST_RANKS} ranks would do: choose a smaller model, or larger devices"
 
 
-def changed(settings: RunSettings, chosen: Sequence[Change]) -> RunSettings:
+def changed_settings(settings: RunSettings, chosen: Sequence[Change]) -> RunSettings:
     for change in chosen:
         settings = change.make(settings)
     return settings
@@ -218,14 +218,14 @@ def changed(settings: RunSettings, chosen: Sequence[Change]) -> RunSettings:
 def allowed(settings: RunSettings, chosen: Sequence[Change]) -> bool:
     """Whether a run could have the settings after the changes."""
     try:
-        check_settings(changed(settings, chosen))
+        check_settings(changed_settings(settings, chosen))
     except ConfigError:
         return False
     return True
 
 
 def changed_plan(plan: Plan, chosen: Sequence[Change]) -> Plan:
-    settings = changed(plan.settings, chosen)
+    settings = changed_settings(plan.settings, chosen)
     return make_plan(settings, device=plan.device, device_bytes=plan.device_bytes)
 
 

@@ -3,19 +3,16 @@ step.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
 
 from hybridrl.batch.groups import scored_batches
 from hybridrl.batch.micro_batch import MicroBatch, idle_sequence, train_sequences
@@ -24,7 +21,7 @@ from hybridrl.core import failpoints
 from hybridrl.core.errors import ConfigError, NonFiniteError, SkippedStep
 from hybridrl.core.peak_memory import PeakMemory
 from hybridrl.models.adapters import dropout
-from hybridrl.models.loading import load_model, load_tokenizer
+from hybridrl.models.loading import load_tokenizer
 from hybridrl.objectives import make_objective
 from hybridrl.objectives.credit import Credit, assign_credit
 from hybridrl.objectives.head_rule import head_rule
@@ -34,7 +31,7 @@ from hybridrl.policy.diagnostics import gradient_geometry, teacher_distance
 from hybridrl.policy.learner_view import ForwardPasses, LearnerView
 from hybridrl.policy.optimizer_state import OptimizerState
 from hybridrl.policy.shared_base import Base, SharedTeachers
-from hybridrl.policy.skipped_batch import save_batch
+from hybridrl.policy.skipped_batch import refuse_batch
 from hybridrl.policy.statistics import (
     TOKENS,
     Tally,
@@ -44,7 +41,6 @@ from hybridrl.policy.statistics import (
     count_micro,
     heldout_metrics,
     learner_stats,
-    remedy,
 )
 from hybridrl.policy.student import Look, Student
 from hybridrl.policy.token_samples import token_samples
@@ -53,6 +49,7 @@ from hybridrl.policy.training_setup import (
     deepspeed_config,
     join_ranks,
     set_layers,
+    sharded_model,
     zero_stage,
 )
 from hybridrl.policy.weight_publisher import WeightPublisher
@@ -292,7 +289,7 @@ class Learner:
         """The optimizer step of update `number` of a batch.
 
         Raises:
-            SkippedStep, NonFiniteError: as in _check_finite.
+            SkippedStep, NonFiniteError: as refuse_batch; loss or gradient is NaN or infinite.
         """
         mini = plan.mini_batches[plan.order[number]]
         failpoints.hit("learner.update", step=mini.step, rank=self.rank)
@@ -313,7 +310,18 @@ class Learner:
             group["lr"] = mini.lr if learns else 0.0
         self.engine.step()  # leaves everything as it was where a gradient is not finite
         grad_norm = float(self.engine.get_global_grad_norm())
-        self._check_finite(plan, number, tally.totals(), grad_norm, micros)
+        totals = tally.totals()
+        if not (np.isfinite(totals["train/loss"]) and np.isfinite(grad_norm)):
+            refuse_batch(
+                plan,
+                number,
+                totals,
+                grad_norm,
+                micros,
+                run_dir=Path(self.settings.run.dir).expanduser(),
+                rank=self.rank,
+                stepped=not left_out(self.engine.optimizer),
+            )
         self.optimizer_steps += 1
         return Updated(plan=mini, tally=tally, grad_norm=grad_norm, diagnostics=diagnostics)
 
@@ -399,41 +407,6 @@ class Learner:
         divided = self.passes.divided(sequences, plan.num_micro_batches)
         micros = [self.passes.collated([sequences[i] for i in indices]) for indices in divided]
         return credits, micros
-
-    def _check_finite(
-        self,
-        plan: BatchPlan,
-        number: int,
-        totals: Mapping[str, float],
-        grad_norm: float,
-        micros: Sequence[MicroBatch],
-    ) -> None:
-        """Check what update `number` of a batch has summed up, on every rank alike.
-
-        Args:
-            totals: of Tally.totals.
-
-        Raises:
-            SkippedStep: the gradient is NaN or infinite, and nothing was stepped.
-            NonFiniteError: the loss is, and the weights were stepped.
-        """
-        loss = totals["train/loss"]
-        if np.isfinite(loss) and np.isfinite(grad_norm):
-            return
-        several = len(plan.order) > 1
-        name = f"step_{plan.step:06d}" + (f"-update{number}" if several else "")
-        folder = Path(self.settings.run.dir).expanduser() / "skipped"
-        save_batch(micros, folder / f"{name}-rank{self.rank}.safetensors")
-        which = f"step {plan.step}" + (f", update {number}" if several else "")
-        sentence = (
-            f"{which}: loss is {loss}, gradient norm {grad_norm}; {remedy(totals)}; "
-            f"the batch is in {folder}"
-        )
-        if not left_out(self.engine.optimizer):
-            raise NonFiniteError(
-                f"{sentence}; the weights were stepped, the last checkpoint is untouched"
-            )
-        raise SkippedStep(f"{sentence}; nothing was stepped")
 
     def _sum_over_ranks(self, sums: Tensor) -> Tensor:
         on_device = sums.to(self.device)
@@ -583,20 +556,6 @@ class Learner:
         if zero_stage(self.settings) < 3:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
-
-
-def sharded_model(settings: RunSettings, config: dict[str, Any]) -> PreTrainedModel:
-    """The student as transformers loads it; with ZeRO-3 this rank's shard of each weight.
-
-    Args:
-        config: of DeepSpeed.
-    """
-    model = settings.model
-    # transformers shards each weight as it loads it for as long as this object is alive.
-    sharding = HfDeepSpeedConfig(config) if zero_stage(settings) == 3 else None
-    loaded = load_model(model.path, model.dtype, model.revision, attention=model.attention)
-    del sharding
-    return loaded
 
 
 def with_old_logprobs(batches: Sequence[ScoredBatch]) -> list[ScoredBatch]:

@@ -1,11 +1,54 @@
-"""The file of a batch whose gradient or loss is not finite, for a look at it later."""
+"""A batch whose gradient or loss is not finite: the error that says what to change, and a file for
+a look at the batch later.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from hybridrl.batch.micro_batch import MicroBatch
+from hybridrl.core.errors import NonFiniteError, SkippedStep
+from hybridrl.policy.statistics import remedy
+from hybridrl.types import BatchPlan
+
+
+def refuse_batch(
+    plan: BatchPlan,
+    number: int,
+    totals: Mapping[str, float],
+    grad_norm: float,
+    micros: Sequence[MicroBatch],
+    *,
+    run_dir: Path,
+    rank: int,
+    stepped: bool,
+) -> None:
+    """Write the micro-batches of update `number` to run_dir/skipped, and raise.
+
+    Args:
+        totals: of Tally.totals, over all ranks.
+        grad_norm: over all ranks.
+        stepped: whether the optimizer has stepped the weights.
+
+    Raises:
+        SkippedStep: nothing was stepped.
+        NonFiniteError: the weights were.
+    """
+    several = len(plan.order) > 1
+    name = f"step_{plan.step:06d}" + (f"-update{number}" if several else "")
+    folder = run_dir / "skipped"
+    save_batch(micros, folder / f"{name}-rank{rank}.safetensors")
+    which = f"step {plan.step}" + (f", update {number}" if several else "")
+    sentence = (
+        f"{which}: loss is {totals['train/loss']}, gradient norm {grad_norm}; {remedy(totals)}; "
+        f"the batch is in {folder}"
+    )
+    if stepped:
+        raise NonFiniteError(
+            f"{sentence}; the weights were stepped, the last checkpoint is untouched"
+        )
+    raise SkippedStep(f"{sentence}; nothing was stepped")
 
 
 def save_batch(micros: Sequence[MicroBatch], path: Path) -> None:

@@ -187,15 +187,7 @@ def count_micro(
         tally.add(name, part)
     tally.add("dense_sparse", stats.dense_sparse)
     if micro.teachers:
-        # As with a total weight of 1, so that a schedule of the weights can follow it.
-        total = torch.stack([teacher.weight for teacher in micro.teachers]).sum(0).to(device)
-        compared = live & (total != 0)
-        tally.add(TOKEN_KL, stats.kl / total, compared)
-        owner = micro.owner.to(device)
-        none = torch.zeros(len(micro.sources), dtype=torch.float64, device=device)
-        costs = torch.where(compared, stats.kl.detach() / total, 0.0).double()
-        of_sequence = none.index_add(0, owner, costs)
-        tally.add(SEQUENCE_KL, of_sequence, none.index_add(0, owner, compared.double()) > 0)
+        count_divergence(tally, stats, micro, live)
     tally.add("entropy/token", stats.entropy, live)
     by_others = torch.tensor([s is not Source.student for s in micro.sources])[micro.owner]
     tally.add("nll/token", -stats.logprobs, live & by_others.to(device))
@@ -218,6 +210,22 @@ def count_micro(
     if has_old:
         moved = stats.logprobs.double() - micro.columns.old_logprobs.to(device).double()
         tally.add("policy/kl_old", torch.expm1(moved) - moved, live)
+
+
+def count_divergence(tally: Tally, stats: HeadStats, micro: MicroBatch, live: Tensor) -> None:
+    """Count the divergence from the teachers, as with a total weight of 1, so that a schedule of
+    the weights can follow it: of the tokens that a teacher compares, and of the sequences with such
+    tokens.
+    """
+    total = torch.stack([teacher.weight for teacher in micro.teachers]).sum(0).to(live.device)
+    compared = live & (total != 0)
+    divergence = stats.kl.detach() / total
+    tally.add(TOKEN_KL, divergence, compared)
+    owner = micro.owner.to(live.device)
+    zeros = torch.zeros(len(micro.sources), dtype=torch.float64, device=live.device)
+    of_sequence = zeros.index_add(0, owner, torch.where(compared, divergence, 0.0).double())
+    num_compared = zeros.index_add(0, owner, compared.double())
+    tally.add(SEQUENCE_KL, of_sequence, num_compared > 0)
 
 
 def count_ratio(

@@ -1,4 +1,4 @@
-"""How a learner rank is set up: process group, layers of the model, optimizer, DeepSpeed."""
+"""How a learner rank is set up: process group, model and its layers, optimizer, DeepSpeed."""
 
 import os
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ import torch
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
 
 from hybridrl.models.decoder_layers import attends_plainly, compile_layers, set_products
-from hybridrl.models.loading import load_layout
+from hybridrl.models.loading import load_layout, load_model
 from hybridrl.models.model_internals import wrapped_layers
 from hybridrl.settings.choices import Attention, Offload
 from hybridrl.settings.run import RunSettings
@@ -42,6 +43,20 @@ def join_ranks(
         timeout=timedelta(seconds=settings.deadlines.learn_s),
         verbose=False,
     )
+
+
+def sharded_model(settings: RunSettings, config: dict[str, Any]) -> PreTrainedModel:
+    """The student as transformers loads it; with ZeRO-3 this rank's shard of each weight.
+
+    Args:
+        config: of DeepSpeed.
+    """
+    model = settings.model
+    # transformers shards each weight as it loads it for as long as this object is alive.
+    sharding = HfDeepSpeedConfig(config) if zero_stage(settings) == 3 else None
+    loaded = load_model(model.path, model.dtype, model.revision, attention=model.attention)
+    del sharding
+    return loaded
 
 
 def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.device) -> None:

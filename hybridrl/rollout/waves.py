@@ -26,7 +26,7 @@ class Waves(Generic[Started]):
         ] = {}
 
     def drop(self) -> None:
-        """Forget the waves whose chunks have not all arrived; those who wait are cancelled."""
+        """Forget the waves whose chunks have not all arrived; the calls that wait are cancelled."""
         for arrived in self._waiting.values():
             for _, _, started in arrived.values():
                 started.cancel()

@@ -141,8 +141,8 @@ def check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
             raise ValueError("no object")
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{state_folder(path) / SETTINGS}: is damaged, so that nothing tells what {path} was "
-            "begun with; name a new file"
+            f"{state_folder(path) / SETTINGS}: is damaged, so that the settings of {path} are "
+            "unknown; name a new file"
         ) from error
     now = json.loads(json.dumps(conditions, default=str))
     different = [
