@@ -47,8 +47,6 @@ from tests.support.learner_job import (
     MINI_BATCHES,
     OFFLOADED,
     ORDER,
-    RESUMED,
-    RESUMED_OFFLOADED,
     UPDATES_LR,
     chunk_of,
     chunk_of_other_sampler,
@@ -59,13 +57,11 @@ from tests.support.ranks import run_ranks
 
 
 def save_models(folder: Path) -> Path:
-    """Write the student and the teacher into the folder. With two layers: the time of ZeRO 3 on
-    gloo grows with the number of parameters, and a third layer has none of another kind.
-    """
+    """Write the student and the teacher into the folder."""
     tokenizer = tiny_tokenizer()
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
-        tiny_model(tokenizer, layers=2).save_pretrained(folder / name)
+        tiny_model(tokenizer).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
 
@@ -123,24 +119,10 @@ def next_steps(folder: Path, case: str) -> tuple[list[object], list[object]]:
 
 def weight_distance(folder: Path, case: str, other: str | dict[str, Tensor]) -> float:
     """The largest difference between any two weights."""
-    return float(weight_distances(folder, case, other).max())
-
-
-def weight_distances(folder: Path, case: str, other: str | dict[str, Tensor]) -> Tensor:
-    """The difference of each weight."""
     found = load_file(folder / f"{case}.safetensors")
     expected = load_file(folder / f"{other}.safetensors") if isinstance(other, str) else other
     assert found.keys() == expected.keys()
-    return torch.cat([(found[name] - expected[name].detach()).abs().flatten() for name in found])
-
-
-def check_equal_after_several(folder: Path, case: str, other: str | dict[str, Tensor]) -> None:
-    """Four updates of Adam move a weight by up to 0.02. Where a gradient is about as small as
-    Adam's epsilon its rounding shows in the step: of 400000 weights one differs by 1.6e-4, and the
-    mean difference is 7e-8. With two of the four updates exchanged it is 2.7e-3.
-    """
-    distances = weight_distances(folder, case, other)
-    assert distances.mean() < 1e-6 and distances.max() < 5e-4
+    return max(float((found[name] - expected[name]).abs().max()) for name in found)
 
 
 # -- plain autograd --------------------------------------------------------------------------------
@@ -347,7 +329,7 @@ def test_four_updates_are_a_plain_training_loop_whose_ratios_are_to_the_model_be
         optimizer.step()
     learned = result(folder, "several")
     assert learned["grad_norm"] == pytest.approx([sum(norms) / 4], rel=1e-4)
-    check_equal_after_several(folder, "several", dict(model.named_parameters()))
+    assert weight_distance(folder, "several", dict(model.named_parameters())) < 1e-4
     assert weight_distance(folder, "several", "untouched") > 5e-3
     (metrics,) = learned["metrics"]
     assert metrics["train/updates"] == 4.0 and learned["optimizer_steps"] == 4
@@ -361,7 +343,7 @@ def test_two_ranks_that_divide_each_mini_batch_take_the_updates_of_one_rank(
     one, two = result(folder, "several"), result(folder, case)
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert two["metrics"][0] == pytest.approx(one["metrics"][0], rel=1e-3, abs=1e-6)
-    check_equal_after_several(folder, case, "several")
+    assert weight_distance(folder, case, "several") < 1e-4
 
 
 @pytest.mark.parametrize(("case", "tokens"), [("several", 44), ("zero1-several", 22)])
@@ -552,7 +534,14 @@ def test_distances_from_a_teacher_are_summed_where_the_student_computes(
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
-STATES = ["one", "bf16", "value", "zero3-value", *RESUMED, *RESUMED_OFFLOADED]
+STATES = [
+    "one",
+    "bf16",
+    "value",
+    "zero3-value",
+    *(f"zero{stage}{dtype}" for stage in (1, 2, 3) for dtype in ("", "-bf16")),
+    *OFFLOADS,
+]
 
 
 @pytest.mark.parametrize("case", STATES)

@@ -519,10 +519,6 @@ def uneven(job: Job) -> tuple:
     return ((0, 1, 3),) if job.rank == 0 else ((2,),)
 
 
-RESUMED = ("zero1", "zero2", "zero3", "zero1-bf16", "zero3-bf16")
-"""Learners of two ranks that are saved and loaded. ZeRO 2 has the optimizer of ZeRO 1."""
-
-
 def two_ranks(job: Job) -> None:
     """Shards of 6 and 2 sequences, one a micro-batch: rank 1 has no data in four of six."""
     groups = uneven(job)
@@ -538,8 +534,7 @@ def two_ranks(job: Job) -> None:
         learner, groups, values = job.two_steps(
             f"zero{stage}-bf16", [chunk_of(0, 4)], groups, 6, *bf16
         )
-        if f"zero{stage}-bf16" in RESUMED:
-            job.resume(f"zero{stage}-bf16", learner, groups, values, 6, *bf16)
+        job.resume(f"zero{stage}-bf16", learner, groups, values, 6, *bf16)
         job.left_out(f"zero{stage}-bf16-left-out", learner, groups, 6, BROKEN[stage])
         job.frozen(f"zero{stage}-frozen", groups, 6, *overrides)
     job.valued("zero3-value", groups, 6, "learner.zero_stage=3", ONE_EACH)
@@ -553,8 +548,6 @@ OFFLOADED = (
     (3, "parameters", "bfloat16"),
 )
 """ZeRO stages, what they offload, and the model's dtype."""
-RESUMED_OFFLOADED = ("zero1-optimizer", "zero3-parameters")
-"""Those of them that are saved and loaded. Who offloads parameters offloads the optimizer too."""
 UNCLIPPED = "train.grad_clip=0"
 """DeepSpeed adds up the norm of an offloaded gradient in another order, and clipping would bring
 its last bit into the weights.
@@ -574,10 +567,7 @@ def two_ranks_offloaded(job: Job) -> None:
         job.report(f"{case}-none-after", learner, stats[1:])
         overrides = (*overrides, f"learner.offload={offload}")
         learner, _, values = job.two_steps(case, [chunk_of(0, 4)], groups, 6, *overrides)
-        if case in RESUMED_OFFLOADED:
-            job.resume(case, learner, groups, values, 6, *overrides)
-        else:
-            learner.update(plan_for(2, 6), groups, *values)
+        job.resume(case, learner, groups, values, 6, *overrides)
         job.left_out(f"{case}-left-out", learner, groups, 6, BROKEN[stage])
         job.report(f"{case}-after", learner, [learner.update(plan_for(3, 6), groups, *values)])
     for stage in (2, 3):
