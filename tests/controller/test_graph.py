@@ -425,6 +425,17 @@ def steps_on(controller: Controller) -> None:
     assert step_without_loss(controller)["cluster/restarts"] == restarts + 1
 
 
+def test_a_killed_engine_is_replaced_while_the_other_answers_its_prompts(graph, controller):
+    rollout = graph.workers.rollout
+    os.kill(rollout.group.pids()[1], signal.SIGKILL)
+    steps_on(controller)
+    assert 0 in rollout.fleet.serving
+    gather([*rollout.fleet.joining.values()])
+    controller.step()
+    assert rollout.fleet.serving == {0, 1}
+    assert gather(rollout.ready())[1]["version"] == controller.weight_version
+
+
 SHORT = DeadlineConfig(
     heartbeat_s=8.0,
     rollout_s=12.0,
