@@ -21,6 +21,7 @@ from hybridrl.runtime.scorer_group import ScorerGroup
 from hybridrl.runtime.workers import place_workers, start_workers
 from hybridrl.tracking.console import ConsoleSink
 from hybridrl.tracking.sink import Sinks
+from tests.support.importable import importable_benchmarks
 
 LIGHT = {
     RolloutGroup: "Engine",
@@ -41,6 +42,7 @@ def test_a_job_whose_workers_were_lost_before_it_begins_with_others(
     settings = settings_of(f"run.dir={tmp_path}", "eval.teacher=false")
     preemption = Preemption()
     with ExitStack() as stack:
+        stack.enter_context(importable_benchmarks())
         stack.enter_context(Cluster(settings))  # one Ray for both sets of workers
         holder = stack.enter_context(WarmWorkers())
         cluster = holder.cluster(settings)

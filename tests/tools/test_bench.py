@@ -14,6 +14,7 @@ from benchmarks.__main__ import main
 from benchmarks.stage import settings_of
 
 from hybridrl.runtime.cluster import Cluster
+from tests.support.importable import importable_benchmarks
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture(scope="module")
 def one_ray() -> Iterator[None]:
     """A Ray for the verbs: each uses the one that its process is connected to already."""
-    with Cluster(settings_of()):
+    with importable_benchmarks(), Cluster(settings_of()):
         yield
 
 
