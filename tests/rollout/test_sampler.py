@@ -12,7 +12,14 @@ from hybridrl.rollout.sampler import Sampler, sample_seed
 from hybridrl.rollout.teacher_turn import TeacherTurn
 from hybridrl.settings.choices import Source
 from hybridrl.teachers.context import Context, EndTokens
-from hybridrl.types import FinishReason, GenerateOrder, Prompt, RolloutBatch, Trajectory
+from hybridrl.types import (
+    ChunkHeader,
+    FinishReason,
+    GenerateOrder,
+    Prompt,
+    RolloutBatch,
+    Trajectory,
+)
 from tests.support.scripted_engine import END, LONGEST_PROMPT, ScriptedEngine, TwoTurns
 
 
@@ -291,3 +298,27 @@ def test_a_wave_that_comes_again_is_sampled_whatever_the_moment_at_which_the_fir
         return batch
 
     assert asyncio.run(run()).input_ids.tolist() == [1, 3, 9, 9, END]
+
+
+def test_the_chunk_that_an_earlier_job_left_waiting_is_not_sampled_with_the_next_jobs_wave():
+    """Chunk 0 of two waits for chunk 1 when the job ends. The next job has a wave of that name,
+    whose chunk 0 has the prompt b; what is left would be sampled with chunk 1 of the next job.
+    """
+    made, engine = sampler(SingleTurn())
+
+    async def run() -> list[tuple[ChunkHeader, RolloutBatch]]:
+        of_wave = order(num_chunks=2, group_size=1)
+        left = asyncio.create_task(made.generate(of_wave, [prompt("a", 1, 3)]))
+        await asyncio.sleep(0)
+        made.begin_job()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        last = asyncio.create_task(made.generate(replace(of_wave, chunk=1), [prompt("c", 1, 2)]))
+        await asyncio.sleep(0)
+        assert engine.requests == []
+        first = made.generate(of_wave, [prompt("b", 1, 3)])
+        return await asyncio.wait_for(asyncio.gather(first, last), timeout=5)
+
+    batches = [batch for _, batch in asyncio.run(run())]
+    assert [request.name for request in engine.requests] == ["w/b/0/0", "w/c/0/0"]
+    assert [b.input_ids.tolist() for b in batches] == [[1, 3, 9, 9, END], [1, 2, 9, END]]

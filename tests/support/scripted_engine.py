@@ -42,8 +42,9 @@ class ScriptedEngine:
         self.rule = rule
         self.requests: list[Request] = []  # all that were ever added
         self.running: list[Request] = []
-        self.events: list[str] = []  # "add NAME", "abort NAME" and "step", in their order
+        self.events: list[str] = []  # "add NAME", "step", ..., in the order of the calls
         self.version = "0"
+        self.engine_core = SimpleNamespace(call_utility=self.call_core)
 
     def add_request(
         self,
@@ -69,6 +70,16 @@ class ScriptedEngine:
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.running)
+
+    def reset_prefix_cache(self) -> None:
+        self.events.append("reset prefixes")
+
+    def set_weight_version(self, version: str) -> None:
+        self.version = version
+        self.events.append(f"version {version}")
+
+    def call_core(self, method: str, *args: object) -> None:
+        self.events.append(method)
 
     def step(self) -> list[SimpleNamespace]:
         self.events.append("step")
