@@ -312,7 +312,7 @@ def test_the_chunk_that_an_earlier_job_left_waiting_is_not_sampled_with_the_next
         await asyncio.sleep(0)
         made.begin_job()
         with pytest.raises(asyncio.CancelledError):
-            await left
+            await asyncio.wait_for(left, timeout=5)
         last = asyncio.create_task(made.generate(replace(of_wave, chunk=1), [prompt("c", 1, 2)]))
         await asyncio.sleep(0)
         assert engine.requests == []
