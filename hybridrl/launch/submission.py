@@ -180,11 +180,11 @@ def check(overrides: Sequence[str], config: Path | None = None) -> None:
 @contextmanager
 def placeholders(texts: Sequence[str]) -> Iterator[None]:
     """Within the block, variables to which ${oc.env:NAME} refers in these texts and that are set on
-    the cluster alone have a value.
+    the cluster alone have a value. It is an absolute path, as run.dir may begin with one of them.
     """
     names = re.findall(r"\$\{oc\.env:(\w+)\}", " ".join(texts))
     missing = [name for name in dict.fromkeys(names) if name not in os.environ]
-    os.environ.update(dict.fromkeys(missing, "set-on-the-cluster"))
+    os.environ.update(dict.fromkeys(missing, "/set-on-the-cluster"))
     try:
         yield
     finally:

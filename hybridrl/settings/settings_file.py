@@ -5,6 +5,7 @@ like a file of conf/experiment, so overrides of the command line take precedence
 """
 
 import difflib
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -49,6 +50,7 @@ def load_settings(overrides: Sequence[str], file: Path | None = None) -> RunSett
             base = stack.enter_context(own_file(file.expanduser()))
         elif (saved := continued_run(overrides)) is not None:
             base = stack.enter_context(saved_config(saved))
+            overrides = [forced(override) for override in overrides]
         return load_config([*base, *overrides])
 
 
@@ -181,8 +183,26 @@ def continued_run(overrides: Sequence[str]) -> Path | None:
         for override in given
         if override.key == "run.dir" and not override.is_sweep
     ]
-    run_dir = run_dirs[-1] if run_dirs else None
-    if not isinstance(run_dir, str) or not run_dir:
+    run_dir = _resolved(run_dirs[-1]) if run_dirs else None
+    if not run_dir:
         return None
     path = Path(run_dir).expanduser() / "config.yaml"
     return path if path.is_file() else None
+
+
+def _resolved(value: Any) -> str | None:
+    """A value of the command line as a setting of type str has it, e.g. "7" for run.dir=7; None: it
+    is null, or refers to something that this process does not have.
+    """
+    try:
+        text = OmegaConf.create({"value": value})["value"]
+    except OmegaConfBaseException:
+        return None
+    return None if text is None else str(text)
+
+
+def forced(override: str) -> str:
+    """+KEY=VALUE as ++KEY=VALUE, which replaces a value that exists: the settings of a run have the
+    keys that its first command added.
+    """
+    return re.sub(r"^\+(?=[^+])", "++", override)

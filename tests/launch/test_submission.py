@@ -118,6 +118,15 @@ def test_a_variable_that_only_the_cluster_has_does_not_stop_a_submission(
         check([*QUICKSTART, option, "train.lr=-1"])
 
 
+def test_the_root_of_run_dir_may_be_a_variable_that_only_the_cluster_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SHARED_STORE", raising=False)
+    check(["experiment=quickstart", "run.dir=${oc.env:SHARED_STORE}/runs/a"])
+    with pytest.raises(ConfigError, match=r"^run\.dir=runs/.*: must be absolute"):
+        check(["experiment=quickstart", "run.dir=runs/${oc.env:SHARED_STORE}"])
+
+
 def test_only_a_job_of_hybridrl_is_submitted_again() -> None:
     with pytest.raises(ConfigError, match="--resume a: its command is no hybridrl train: sleep 9"):
         settings_of(submitted("sleep 9"))

@@ -124,6 +124,45 @@ def test_run_dir_alone_continues_the_run_with_its_own_settings(tmp_path: Path):
     assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("directory", ["7", "20240501", "'${oc.env:STORE}/a'"])
+def test_a_run_is_continued_whatever_the_form_of_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: str
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STORE", str(tmp_path / "store"))
+    settings = load_config(["experiment=quickstart", f"run.dir={directory}"])
+    assert continued_run([f"run.dir={directory}"]) is None
+    folder = Path(settings.run.dir)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(settings))
+    assert load_settings([f"run.dir={directory}"]) == settings
+
+
+def test_a_directory_of_a_variable_that_is_not_set_is_no_run_to_continue():
+    assert continued_run(["run.dir=${oc.env:NO_SUCH_VARIABLE}/a"]) is None
+    assert continued_run(["run.dir=null"]) is None
+
+
+def test_the_command_that_began_a_run_continues_it_with_the_entries_that_it_added(tmp_path: Path):
+    command = [
+        f"run.dir={tmp_path}",
+        "model.path=builtin:countdown-student",
+        "data.task=countdown",
+        "rollout.max_new_tokens=16",
+        "rollout.max_model_len=64",
+        "+teachers.big.path=builtin:countdown-teacher",
+        "+reward.functions.mine=countdown",
+        "++reward.functions.other={function: countdown, weight: 0.5}",
+        "+eval.sets.small={task: countdown, num_problems: 3}",
+    ]
+    settings = load_settings(command)
+    (tmp_path / "config.yaml").write_text(to_yaml(settings))
+    assert load_settings(command) == settings
+    assert load_settings([*command, "+train.steps=7"]).train.steps == 7
+    with pytest.raises(ConfigError, match=r"there is a teachers\.big\.path already"):
+        load_config([*command, "+teachers.big.path=x"])
+
+
 def test_a_dry_run_shows_the_models_input_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
