@@ -162,7 +162,8 @@ def load(
 ) -> tuple[list[Problem], list[Problem]]:
     """Training problems under `seed` and the fixed held-out ones.
 
-    Both carry the responses that data.options.responses names.
+    Both carry the responses that data.options.responses names. With num_train=0 there are no
+    training problems.
 
     Raises:
         ConfigError: an option that the generator lacks, or options that allow no problem.
@@ -183,7 +184,8 @@ def load(
             "responses"
         ) from error
     heldout = game.heldout(num_heldout)
-    train = game.train(num_train, seed, {equation.key for equation in heldout})
+    without = {equation.key for equation in heldout}
+    train = game.train(num_train, seed, without) if num_train else []
     return _problems(train, "train", responses), _problems(heldout, "heldout", responses)
 
 

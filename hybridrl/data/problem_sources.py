@@ -66,7 +66,7 @@ def load_source(
     """(training, held-out) problems of one source, as load_problems.
 
     Args:
-        num_train: training problems of a generator; rows are all read.
+        num_train: training problems of a generator, 0: only the held-out ones; rows are all read.
         num_heldout: largest number of held-out problems.
 
     Raises:

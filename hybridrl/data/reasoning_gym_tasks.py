@@ -16,13 +16,15 @@ def load(
 ) -> tuple[list[Problem], list[Problem]]:
     """Training problems under `seed` and fixed held-out ones; all questions are different.
 
-    The columns are reasoning_gym_dataset, reasoning_gym_entry (the input of the library's scorer)
-    and answer.
+    With num_train=0 there are no training problems. The columns are reasoning_gym_dataset,
+    reasoning_gym_entry (the input of the library's scorer) and answer.
 
     Raises:
         ConfigError: a dataset or an option that the library lacks, or too few questions.
     """
     heldout = _draw(dataset, options, num_heldout, HELDOUT_SEED, "heldout", frozenset())
+    if not num_train:
+        return [], heldout
     questions = frozenset(p.columns["reasoning_gym_entry"]["question"] for p in heldout)
     # The library seeds entry i with seed + i, so consecutive run seeds must be spread out.
     train_seed = random.Random(f"reasoning_gym train {seed}").getrandbits(30)

@@ -8,6 +8,7 @@ schema.py describes a row. The last two sources, and Parquet, need the optional 
 hybridrl[data]. A dataset with one split needs no :SPLIT.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,16 @@ from hybridrl.core.errors import DataError
 from hybridrl.data import schema
 from hybridrl.data.columns import json_columns, renamed
 from hybridrl.data.problem import Problem
-from hybridrl.data.row_files import Row, file_rows, is_file_name, package
+from hybridrl.data.row_files import (
+    Row,
+    file_rows,
+    holds_messages,
+    is_file_name,
+    package,
+    without_nulls,
+)
+
+log = logging.getLogger(__name__)
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]+){0,2}")
 
@@ -142,13 +152,26 @@ def _name_bad_file(folder: Path) -> None:
 
 
 def _dataset_rows(path: str, dataset: Any) -> Iterator[Row]:
-    """The rows with media as stored bytes.
+    """The rows with media as stored bytes, and without the nulls in messages and descriptions of
+    tools with which a table fills the fields of other rows.
 
-    Decoding them needs further packages, and they contain no text.
+    Decoding media needs further packages, and they contain no text. A column whose values have
+    different types is stored as JSON by the library, and decoded; a warning names it.
     """
+    json_type = package("datasets", path).Json
+    mixed = [name for name, feature in dataset.features.items() if isinstance(feature, json_type)]
     for name, feature in dataset.features.items():
-        if getattr(feature, "decode", False):
+        if getattr(feature, "decode", False) and name not in mixed:
             dataset = dataset.cast_column(name, type(feature)(decode=False))
+    if mixed:
+        log.warning(
+            "%s: the values of %s differ in type between rows, so the datasets library reads a "
+            'text that is also JSON, such as "2" or "true", as a number or truth value; give one '
+            "file of it, which is read as it is written, or store one type",
+            path,
+            ", ".join(f"`{name}`" for name in mixed),
+        )
+    conversations = [f.name for f in dataset.features.arrow_schema if holds_messages(f.type)]
     numbered = enumerate(dataset, 1)
     number = 0
     while True:
@@ -161,4 +184,4 @@ def _dataset_rows(path: str, dataset: Any) -> Iterator[Row]:
             ) from error
         if row is None:
             return
-        yield number, row
+        yield number, row | {name: without_nulls(row[name]) for name in conversations}

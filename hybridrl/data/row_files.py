@@ -274,26 +274,26 @@ def table_rows(path: str, table: Any) -> Iterator[Row]:
             columns[name] = column.to_pylist()
         except Exception:  # a conversion may raise any exception
             columns[name] = [_cell(scalar) for scalar in column]
-        if _holds_messages(column.type):
-            columns[name] = list(map(_without_nulls, columns[name]))
+        if holds_messages(column.type):
+            columns[name] = list(map(without_nulls, columns[name]))
     return (
         (number + 1, {name: values[number] for name, values in columns.items()})
         for number in range(table.num_rows)
     )
 
 
-def _holds_messages(kind: Any) -> bool:
+def holds_messages(kind: Any) -> bool:
     """Whether a column of this pyarrow.DataType has lists of messages or descriptions of tools."""
     entry = getattr(kind, "value_type", None)
     fields = [entry.field(i).name for i in range(entry.num_fields)] if entry is not None else []
     return not {"role", "from", "function"}.isdisjoint(fields)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Nested values without the keys of objects whose value is null."""
     if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return list(map(_without_nulls, value)) if isinstance(value, list) else value
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return list(map(without_nulls, value)) if isinstance(value, list) else value
 
 
 def _cell(scalar: Any) -> Any:

@@ -8,7 +8,13 @@ from hybridrl.data import records
 from hybridrl.launch.answer_jobs import AnswerJob, run_jobs
 from hybridrl.launch.loadable_model import LoadableModel, find_model, model_parser
 
-FROM_FILE = ("~data.sources", "data.task=records", "data.path=unused", "data.heldout_path=unused")
+FROM_FILE = (
+    "~data.sources",
+    "data.task=records",
+    "data.dataset=null",
+    "data.path=unused",
+    "data.heldout_path=unused",
+)
 """The data of any run are replaced by the rows of the file, so that data.columns names their keys.
 """
 

@@ -9,7 +9,7 @@ from hybridrl.controller.held_out_set import HeldOutSet
 from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.data import records
 from hybridrl.data.problem import Problem
-from hybridrl.data.problem_sources import load_problems
+from hybridrl.data.problem_sources import load_source
 from hybridrl.data.prompts import tokenize
 from hybridrl.launch.alignment import reads_own_prompts, teacher_template
 from hybridrl.launch.preflight import check_token_ids
@@ -41,10 +41,8 @@ def set_problems(settings: RunSettings, name: str) -> list[Problem]:
             task=held_out.task,
             dataset=held_out.dataset,
             options=held_out.options,
-            num_train=1,
-            num_heldout=held_out.num_problems,
         )
-        _, problems = load_problems(data, settings.run.seed)
+        _, problems = load_source(data, settings.run.seed, 0, held_out.num_problems)
     except ConfigError as error:
         raise ConfigError(f"eval.sets.{name}, read as data.*: {error}") from error
     except DataError as error:

@@ -13,6 +13,7 @@ import pytest
 from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.data.problem_sources import load_problems
 from hybridrl.data.records import load
+from hybridrl.data.records import rows as rows_of
 from hybridrl.data.row_files import file_rows
 from hybridrl.settings.run import DataConfig
 
@@ -342,6 +343,44 @@ def test_a_datasets_row_that_cannot_be_converted_is_named(tmp_path: Path) -> Non
         DataError, match=r"d:2: cannot be read: OverflowError: .*; remove the column"
     ):
         load(str(tmp_path / "d"), "train")
+
+
+def test_columns_of_mixed_types_are_values_and_not_their_json(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a folder of data files; the library stores such columns as JSON texts, for which "2" and 2
+    are the same.
+    """
+    pytest.importorskip("datasets")
+    (tmp_path / "rows").mkdir()
+    text = '{"prompt": "1+1=", "answer": "two"}'
+    messages = '{"prompt": [{"role": "user", "content": "2+2="}], "answer": {"value": 4}}'
+    write(tmp_path, "rows/a.jsonl", f"{text}\n{messages}\n")
+    first, second = load(str(tmp_path / "rows"), "train")
+    assert (first.prompt, first.columns) == ("1+1=", {"answer": "two"})
+    assert second.prompt == [{"role": "user", "content": "2+2="}]
+    assert second.columns == {"answer": {"value": 4}}
+    assert "rows: the values of `prompt`, `answer` differ in type between rows" in caplog.text
+    caplog.clear()
+    first, _ = load(str(tmp_path / "rows" / "a.jsonl"), "train")
+    assert first.prompt == "1+1=" and caplog.text == ""
+
+
+def test_messages_and_tools_of_a_table_have_no_keys_of_other_rows(tmp_path: Path) -> None:
+    """Where `save_to_disk` wrote it, as in Parquet."""
+    datasets = pytest.importorskip("datasets")
+
+    def called(name: str, arguments: dict[str, int]) -> list[dict]:
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        return [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+
+    rows = [{"messages": called("add", {"a": 1, "b": 2})}, {"messages": called("double", {"x": 3})}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")
+    _, second = rows_of(str(tmp_path / "d"))
+    assert second == (2, rows[1])
 
 
 def test_an_image_column_is_dropped_without_being_decoded(tmp_path: Path) -> None:

@@ -54,6 +54,22 @@ def test_a_generated_set_has_options_of_its_own_and_one_sample_is_greedy():
     assert small.temperature == 0.0
 
 
+def test_a_set_may_be_the_path_of_its_rows(tmp_path: Path):
+    rows = write_rows(tmp_path / "hard.jsonl", {"prompt": "1+1=", "answer": "2"})
+    assert settings_of(f"+eval.sets.hard={rows}").eval.sets["hard"].path == str(rows)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_generated_set_needs_no_question_beside_its_own(seed: int):
+    """The generator has 19 questions with these options, and all are held out; a run that trained
+    on it would be refused.
+    """
+    options = "dataset: prime_factorization, options: {min_value: 2, max_value: 20}"
+    given = f"+eval.sets.small={{task: reasoning_gym, num_problems: 300, {options}}}"
+    problems = set_problems(settings_of(given, f"run.seed={seed}"), "small")
+    assert len(problems) == 19 == len({p.prompt for p in problems})
+
+
 def test_a_set_without_usable_problems_is_refused_and_named(tmp_path: Path):
     missing = tmp_path / "missing.jsonl"
     with pytest.raises(DataError, match=rf"^eval\.sets\.a: {missing}: "):
