@@ -27,6 +27,7 @@ from hybridrl.core import redact
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.algorithm import ScheduleConfig
 from hybridrl.settings.checks import check_settings
+from hybridrl.settings.held_out import HeldOutSetConfig
 from hybridrl.settings.hydra_internals import (
     adds_existing_key,
     first_line,
@@ -133,6 +134,7 @@ EXAMPLES = {
     RewardFunctionConfig: "{key}=FILE.py:FUNCTION or '{key}={{function: FILE.py:FUNCTION, weight: "
     "0.5}}'",
     SourceConfig: "{key}=FILE or '{key}={{path: FILE, heldout_path: FILE, weight: 2}}'",
+    HeldOutSetConfig: "{key}=FILE or '{key}={{path: FILE, samples: 8}}'",
     SinkConfig: "{key}=FILE.py:CLASS or '{key}={{sink: FILE.py:CLASS, options: {{NAME: VALUE}}}}'",
 }
 """How an entry of each type is written."""
@@ -142,8 +144,8 @@ def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
     """Settings with short forms written in full.
 
     Short forms are a number for a constant schedule, the path of a teacher or `initial`, the path
-    of a source of data, the name of a reward function or of a sink, and one value for a list of
-    one.
+    of a source of data or of a held-out set, the name of a reward function or of a sink, and one
+    value for a list of one.
 
     Args:
         hint: the type of the setting `key` in the schema.
@@ -161,7 +163,7 @@ def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
         return {} if value == INITIAL else {"path": value}
     if hint is RewardFunctionConfig and isinstance(value, str):
         return {"function": value}
-    if hint is SourceConfig and isinstance(value, str):
+    if hint in (SourceConfig, HeldOutSetConfig) and isinstance(value, str):
         return {"path": value}
     if hint is SinkConfig and isinstance(value, str):
         return {"sink": value}
@@ -512,6 +514,7 @@ def _no_such_setting(override: str, key: str) -> str:
         "teachers": TeacherConfig,
         "reward.functions": RewardFunctionConfig,
         "data.sources": SourceConfig,
+        "eval.sets": HeldOutSetConfig,
         "tracking.sinks": SinkConfig,
     }.items():
         if key.startswith(f"{section}."):
@@ -522,7 +525,7 @@ def _no_such_setting(override: str, key: str) -> str:
         ".chat_template_kwargs.",
         ".columns.",
         ".route.",
-        "rollout.engine.",
+        ".engine.",
     )
     if key in keys or any(section in key for section in free_sections):
         return f"{override}: not in the config so far; write +{override} to add it"

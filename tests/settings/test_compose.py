@@ -199,6 +199,29 @@ BAD = [
         "teachers.main.weight=2: not in the config so far; write +teachers.main.weight=2 to add it",
     ),
     (
+        "teachers.main.engine.max_num_seqs=3",
+        "teachers.main.engine.max_num_seqs=3: not in the config so far; write "
+        "+teachers.main.engine.max_num_seqs=3 to add it",
+    ),
+    (
+        "eval.sets.hard.path=x",
+        "eval.sets.hard.path=x: not in the config so far; write +eval.sets.hard.path=x to add it",
+    ),
+    (
+        "eval.sets.hard.pth=x",
+        "eval.sets.hard.pth=x: no such setting; did you mean eval.sets.hard.path?",
+    ),
+    (
+        "+eval.sets.hard=3",
+        "eval.sets.hard=3: cannot be read; write eval.sets.hard=FILE or "
+        "'eval.sets.hard={path: FILE, samples: 8}'",
+    ),
+    (
+        "eval.sets=hard.jsonl",
+        "eval.sets=hard.jsonl: has an entry for each name; write +eval.sets.NAME=FILE or "
+        "'+eval.sets.NAME={path: FILE, samples: 8}'",
+    ),
+    (
         "data.options.depth=4",
         "data.options.depth=4: not in the config so far; write +data.options.depth=4 to add it",
     ),
