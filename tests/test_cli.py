@@ -113,6 +113,25 @@ def test_an_export_overwrites_nothing_of_the_users(tmp_path: Path, capsys: pytes
     )
 
 
+def test_a_checkpoint_without_its_run_has_the_runs_template_or_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ messages[-1]['content'] }}")
+    save_checkpoint(tmp_path / "run", f"data.chat_template_file={own}")
+    moved = (tmp_path / "run/checkpoints/step_000010").rename(tmp_path / "step_000010")
+    (tmp_path / "run/config.yaml").rename(moved / "config.yaml")
+    assert main(["export", str(moved), str(tmp_path / "model")]) == 0
+    assert (tmp_path / "model" / "chat_template.jinja").read_text() == own.read_text()
+    own.unlink()
+    capsys.readouterr()
+    assert main(["export", str(moved), str(tmp_path / "other")]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"hybridrl: data.chat_template_file={own}: is not there, and "
+    )
+    assert not (tmp_path / "other").exists()
+
+
 def save_steps(run_dir: Path) -> dict[int, torch.Tensor]:
     """A run with checkpoints of steps 10, 20 (the best) and 30; returns the norm weight of each."""
     save_checkpoint(run_dir, "checkpoint.best=eval/accuracy", "checkpoint.keep=9")

@@ -125,8 +125,10 @@ def folder_of(model: LoadableModel, out: Path | None) -> Path:
     if model.run_dir is None:
         raise ConfigError(f"--out: {model.name} belongs to no run; name a folder for the results")
     check_no_links(model.run_dir)
-    name = f"step_{model.step:06d}" if model.teacher is None else f"teacher-{model.teacher}"
-    return model.run_dir / EVALS / name
+    if model.teacher is not None:
+        return model.run_dir / EVALS / f"teacher-{model.teacher}"
+    # Exports of one step in several dtypes are different models.
+    return model.run_dir / EVALS / Path(model.settings.model.path).name
 
 
 def problem_sets(model: LoadableModel, names: Sequence[str]) -> list[ProblemSet]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hybridrl.core.errors import CheckpointError, ConfigError
 from hybridrl.core.files import replace_text
+from hybridrl.core.folders import is_empty_folder
 from hybridrl.data.chat import read_template
 from hybridrl.models.loading import TEXT_FILES, resolve
 from hybridrl.run_dir.checkpoint import (
@@ -35,6 +36,7 @@ class Export:
     settings: RunSettings
     dtype: str  # of the written weights
     adapter: bool
+    template: Path | None  # of conversations; None: that of the model
     folder: Path  # where it is written
 
     @classmethod
@@ -63,7 +65,8 @@ class Export:
             RunDirectoryError: `source` holds no run, or a part of it is a link.
             CheckpointError: there is no such checkpoint, or it is damaged.
             ConfigError: `folder` is not empty, or is missing for a checkpoint outside of its run;
-                `step` or `dtype` has no valid value; or `adapter` of a run without adapters.
+                `step` or `dtype` has no valid value; the run's chat template is gone; or `adapter`
+                of a run without adapters.
         """
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"--dtype {dtype}: must be {' or '.join(DTYPES)}")
@@ -86,6 +89,7 @@ class Export:
             raise ConfigError(f"{folder}: exists and is not empty; name a new folder")
         if adapter:
             check_adapter_run(settings)
+        template = kept_template(run_dir.absolute(), settings)
         dtype = dtype or settings.model.dtype
         name = _folder_name(checkpoint, dtype, settings)
         return cls(
@@ -94,6 +98,7 @@ class Export:
             settings=settings,
             dtype=dtype,
             adapter=adapter,
+            template=template,
             folder=folder or run_dir / EXPORT / (f"{name}-adapter" if adapter else name),
         )
 
@@ -108,13 +113,12 @@ class Export:
         settings = self.settings
         source = self.checkpoint.folder
         if self.adapter:
-            export_adapters(source, settings, self.dtype, self.folder)
+            export_adapters(source, settings, self.dtype, self.folder, self.template)
             return self.folder
         model = resolve(settings.model.path, settings.model.revision, files=TEXT_FILES)
         kind = weights_kind(settings)
         tensors = checkpoint_tensors(source, settings.model, self.dtype, kind=kind)
-        template = self.run_dir / TEMPLATE
-        export(tensors, model, self.folder, template, kind=kind, eos=settings.model.eos)
+        export(tensors, model, self.folder, self.template, kind=kind, eos=settings.model.eos)
         return self.folder
 
 
@@ -132,9 +136,24 @@ def _folder_name(checkpoint: Checkpoint, dtype: str, settings: RunSettings) -> s
     return name if dtype == settings.model.dtype else f"{name}-{dtype}"
 
 
-def is_empty_folder(path: Path) -> bool:
-    """Whether the path is a folder without any files."""
-    return path.is_dir() and not any(path.iterdir())
+def kept_template(run_dir: Path, settings: RunSettings) -> Path | None:
+    """The chat template that the run trained with: its own copy, or else the file that the settings
+    name; None: that of the model.
+
+    Raises:
+        ConfigError: neither exists, as for a checkpoint that was moved out of its run.
+    """
+    named = settings.data.chat_template_file
+    if named is None:
+        return None
+    files = (run_dir / TEMPLATE, Path(named).expanduser())
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise ConfigError(
+            f"data.chat_template_file={named}: is not there, and {files[0]}, the run's copy of it, "
+            "neither; copy the template to one of these places"
+        )
+    return found
 
 
 def _chosen(checkpointer: Checkpointer, step: str | None) -> Checkpoint:

@@ -11,6 +11,7 @@ All of these become a folder that vLLM loads. A run with adapters is loaded with
 weights.
 """
 
+import logging
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -53,6 +54,8 @@ from hybridrl.settings.run import RunSettings
 from hybridrl.settings.settings_file import own_file, saved_config
 from hybridrl.types import Prompt
 from hybridrl.weights.hugging_face import TEMPLATE
+
+log = logging.getLogger(__name__)
 
 NO_RUN = ("algorithm=sft", "run.dir=unused")
 """The base of the settings of a model that belongs to no run: a method without teacher and reward,
@@ -217,7 +220,7 @@ def find_model(
                 Path(folder).absolute() if folder else run_model_folder(place.run_dir, place.step)
             )
             number = exported_step(chosen)
-            name = f"{place.run_dir}, step {number}"
+            name = f"{place.run_dir}, {export_label(chosen)}"
             folder = str(chosen)
         assert folder is not None, "a place has a run or a folder"
         settings = of_folder(settings, folder, overrides, is_students=place.run_dir is not None)
@@ -353,15 +356,31 @@ def of_folder(
         ConfigError: there is no such model.
     """
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
-    is_same = settings.model.path in (folder, NO_MODEL)
+    is_same = settings.model.path == NO_MODEL or is_same_model(settings.model.path, folder)
     revision = None
     if not Path(folder).exists() and (is_same or "model.revision" in given):
         revision = settings.model.revision
     resolve(folder, revision, setting="RUN_OR_MODEL")
     keeps_eos = is_students or is_same or "model.eos" in given
     eos = settings.model.eos if keeps_eos else None
+    if eos != settings.model.eos:
+        log.warning(
+            "model.eos=%s belongs to model.path=%s and not to %s, which ends at its own end token; "
+            "add model.eos=... to choose another",
+            settings.model.eos,
+            settings.model.path,
+            folder,
+        )
     model = replace(settings.model, path=folder, revision=revision, eos=eos)
     return replace(settings, model=model)
+
+
+def is_same_model(path: str, other: str) -> bool:
+    """Whether two values of model.path are the same folder, or the same name on the hub."""
+    if path == other:
+        return True
+    folders = (Path(path).expanduser(), Path(other).expanduser())
+    return all(folder.is_dir() for folder in folders) and folders[0].samefile(folders[1])
 
 
 def check_teacher(settings: RunSettings, teacher: str, source: str) -> None:
@@ -429,6 +448,12 @@ def exported_step(folder: Path) -> int | None:
     """
     match = STEP_FOLDER.match(folder.name)
     return int(match[1]) if match else None
+
+
+def export_label(folder: Path) -> str:
+    """An export as messages name it: "step 40" for step_000040, else the name of its folder."""
+    step = STEP_FOLDER.fullmatch(folder.name)
+    return f"step {int(step[1])}" if step else folder.name
 
 
 def model_folder(source: str, *, step: str | None = None, teacher: str | None = None) -> Path:

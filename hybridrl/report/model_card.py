@@ -179,7 +179,7 @@ def _usage(name: str, settings: RunSettings, adapter: bool) -> str:
             "from peft import AutoPeftModelForCausalLM\n"
             "from transformers import AutoTokenizer\n\n"
             f'model = AutoPeftModelForCausalLM.from_pretrained("{name}")  # and {base}\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{base}")'
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
         )
         serve = f"vllm serve {base} --enable-lora --lora-modules trained={name}"
     else:

@@ -133,7 +133,7 @@ def check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
     text = read_text(state_folder(path) / SETTINGS)
     if text is None:
         raise ConfigError(
-            f"{path}: exists, and no earlier command of this kind began it; name a new file"
+            f"{path}: exists, and no earlier command of this kind began it; give another --out"
         )
     try:
         earlier = json.loads(text)
@@ -142,7 +142,7 @@ def check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{state_folder(path) / SETTINGS}: is damaged, so that the settings of {path} are "
-            "unknown; name a new file"
+            "unknown; give another --out"
         ) from error
     now = json.loads(json.dumps(conditions, default=str))
     different = [
@@ -153,7 +153,7 @@ def check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
     if different:
         raise ConfigError(
             f"{path}: was begun with other settings ({', '.join(different)}); give the earlier "
-            "ones to continue it, or name a new file"
+            "ones to continue it, or another --out"
         )
 
 

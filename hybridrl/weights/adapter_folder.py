@@ -1,7 +1,5 @@
 """Trained adapters by themselves, as a folder that peft and vLLM load beside the model."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -9,11 +7,12 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hybridrl.core.errors import CheckpointError, ConfigError
+from hybridrl.core.folders import new_folder
 from hybridrl.models.adapters import peft_config
-from hybridrl.models.loading import is_on_hub, load_layout, resolve
+from hybridrl.models.loading import TEXT_FILES, is_on_hub, load_layout, resolve
 from hybridrl.settings.run import RunSettings
 from hybridrl.weights.fragments import MASTER, FragmentReader
-from hybridrl.weights.hugging_face import swap
+from hybridrl.weights.hugging_face import write_text_files
 from hybridrl.weights.parameters import LowRankAdapters
 
 WEIGHTS = "adapter_model.safetensors"
@@ -21,16 +20,19 @@ PREFIX = "base_model.model."
 """What peft puts before the names of a model's parameters."""
 
 
-def export_adapters(state: Path, settings: RunSettings, dtype: str, folder: Path) -> None:
-    """Write the adapters of a checkpoint in peft's format; neither the model's weights nor a value
-    head are read.
+def export_adapters(
+    state: Path, settings: RunSettings, dtype: str, folder: Path, template: Path | None = None
+) -> None:
+    """Write the adapters of a checkpoint in peft's format, and the tokenizer with the run's chat
+    template and end token; neither the model's weights nor a value head are read.
 
-    The folder appears complete or not at all.
+    The folder appears complete or not at all (core.folders.new_folder).
 
     Args:
         state: the folder of the checkpoint, of which fp32 master weights are read.
         dtype: of the written weights.
         folder: replaced if it exists.
+        template: the chat template that the run trained with; None, or no such file: the model's.
 
     Raises:
         ConfigError: the run trained all weights.
@@ -52,17 +54,14 @@ def export_adapters(state: Path, settings: RunSettings, dtype: str, folder: Path
     config.base_model_name_or_path = base_model(settings)
     config.revision = settings.model.revision
     config.inference_mode = True
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    source = resolve(settings.model.path, settings.model.revision, files=TEXT_FILES)
+    with new_folder(folder) as unfinished:
+        write_text_files(source, unfinished, template, settings.model.eos)
+        # With a config.json the folder would count as a whole model.
+        (unfinished / "config.json").unlink()
         config.save_pretrained(str(unfinished))
         save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
         (unfinished / WEIGHTS).chmod(0o644)  # safetensors makes files for their owner alone
-        unfinished.chmod(0o755)  # as mkdtemp does folders
-        swap(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def check_adapter_run(settings: RunSettings) -> None:

@@ -2,9 +2,7 @@
 
 import copy
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hybridrl.core.errors import CheckpointError
+from hybridrl.core.folders import new_folder
 from hybridrl.models.loading import (
     TEXT_FILES,
     VALUE_HEAD,
@@ -49,7 +48,7 @@ def export(
 ) -> None:
     """Write a model folder: the tensors of `state`, and all other files of the start model.
 
-    The folder appears complete or not at all.
+    The folder appears complete or not at all (core.folders.new_folder).
 
     Args:
         state: every tensor of StudentWeights.exported() by its name, on CPU; dtypes are kept. Tied
@@ -70,26 +69,29 @@ def export(
     value_head = tensors.pop(VALUE_HEAD, None)
     tied = _tie(tensors, config)
     _check_export(tensors, value_head, kind, config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        _copy_text_files(source, unfinished)
-        if template is not None and template.is_file():
-            shutil.copy(template, unfinished / TEMPLATE)
-            # transformers would prefer one of these for some conversations.
-            shutil.rmtree(unfinished / "additional_chat_templates", ignore_errors=True)
+    with new_folder(folder) as unfinished:
+        write_text_files(source, unfinished, template, eos)
         dtype = next(iter(tensors.values())).dtype
         _write_config(unfinished / "config.json", config, dtype, tied)
-        if eos is not None:
-            write_end_token(unfinished, eos)
         _save(tensors, unfinished / "model.safetensors")
         if value_head is not None:
             _save({VALUE_HEAD: value_head}, unfinished / VALUE_HEAD_FILE)
-        unfinished.chmod(0o755)  # mkdtemp makes folders that only their owner can open
-        swap(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+
+
+def write_text_files(source: Path, folder: Path, template: Path | None, eos: str | None) -> None:
+    """Write configuration, tokenizer and chat template of a trained model.
+
+    Args:
+        source, template, eos: as of export.
+        folder: a new one.
+    """
+    _copy_text_files(source, folder)
+    if template is not None and template.is_file():
+        shutil.copy(template, folder / TEMPLATE)
+        # transformers would prefer one of these for some conversations.
+        shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+    if eos is not None:
+        write_end_token(folder, eos)
 
 
 def _copy_text_files(source: Path, folder: Path) -> None:
@@ -254,14 +256,3 @@ def _check(shapes: Shapes, expected: Shapes, config: PreTrainedConfig) -> None:
         raise CheckpointError(
             f"not the weights of {config.architectures}: {'; '.join(sorted(problems)[:5])}"
         )
-
-
-def swap(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`, and remove the folder that had this name."""
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-        os.rename(folder, old)
-        os.rename(new, folder)
-        shutil.rmtree(old)
-    else:
-        os.rename(new, folder)

@@ -1,11 +1,12 @@
 """What a command names as a model: runs, their checkpoints, exports and teachers, and folders."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from hybridrl.core.errors import CheckpointError, ConfigError
-from hybridrl.launch.evaluating import problem_sets
+from hybridrl.launch.evaluating import folder_of, problem_sets
 from hybridrl.launch.export import export_checkpoint
 from hybridrl.launch.generating import FROM_FILE
 from hybridrl.launch.loadable_model import find_model, model_folder, of_folder
@@ -71,6 +72,36 @@ def test_an_end_token_is_that_of_the_command_or_of_the_model_of_the_settings():
     assert other.model.eos == "3"
 
 
+def test_the_folder_of_the_settings_has_their_end_token_however_it_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Another model has its own, and a line says so."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "other"):
+        shutil.copytree(resolve("builtin:countdown-student"), tmp_path / name)
+    settings = load_config(
+        ["experiment=quickstart", "run.dir=x", "model.path=base/", "model.eos=3"]
+    )
+    for folder in ("base", "./base", str(tmp_path / "base")):
+        assert of_folder(settings, folder, [], is_students=False).model.eos == "3"
+    assert caplog.text == ""
+    assert of_folder(settings, "other", [], is_students=False).model.eos is None
+    assert "model.eos=3 belongs to model.path=base/ and not to other" in caplog.text
+
+
+def test_each_export_of_a_step_has_results_of_its_own(run: Path):
+    """An export may also have a name without a step."""
+    names = ("step_000010-bfloat16", "final")
+    for name in names:
+        export_checkpoint(run, run / "export" / name, step="10")
+    models = [find_model(str(run / "export" / name)) for name in names]
+    assert [model.step for model in models] == [10, None]
+    assert [model.name for model in models] == [f"{run}, {name}" for name in names]
+    assert [folder_of(model, None) for model in models] == [run / "evals" / name for name in names]
+    newest = find_model(str(run))
+    assert folder_of(newest, None) == run / "evals" / "step_000030"
+
+
 def test_a_teacher_with_an_engine_of_its_own_is_sampled_by_one_like_it(run: Path):
     engine = "++teachers.main.engine={max_num_seqs: 3}"
     drawn = "++teachers.main.evidence=drawn"
@@ -92,6 +123,15 @@ def test_for_the_prompts_of_a_file_the_data_sources_of_a_run_are_left_out(tmp_pa
     of_file = find_model(str(run_dir), [*FROM_FILE, "data.columns={prompt: question}"])
     assert of_file.settings.data.sources == {}
     assert of_file.settings.data.columns["prompt"] == "question"
+
+
+def test_for_the_prompts_of_a_file_the_generator_of_a_run_is_left_out(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    generator = ["data.task=reasoning_gym", "data.dataset=chain_sum"]
+    reward = ["+reward.functions.gym=reasoning_gym", "~reward.functions.countdown"]
+    save_checkpoint(run_dir, *generator, *reward, "data.options={}")
+    assert find_model(str(run_dir)).settings.data.dataset == "chain_sum"
+    assert find_model(str(run_dir), FROM_FILE).settings.data.task == "records"
 
 
 def test_the_settings_of_a_run_with_adapters_have_none_as_its_export_is_merged(run: Path):

@@ -116,7 +116,7 @@ def test_damaged_conditions_are_one_sentence(tmp_path: Path, text: str):
     with opened(path, CONDITIONS) as file:
         file.append([row("a")])
     (state_folder(path) / "settings.json").write_text(text)
-    message = r"settings\.json: is damaged, .*; name a new file"
+    message = r"settings\.json: is damaged, .*; give another --out"
     with pytest.raises(ConfigError, match=message), opened(path, CONDITIONS):
         pass
 

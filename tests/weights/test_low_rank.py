@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoTokenizer
 
 from hybridrl.core.errors import CheckpointError, ConfigError
 from hybridrl.models.loading import VALUE_HEAD, load_model
@@ -142,15 +143,26 @@ def test_adapters_exported_by_themselves_make_the_student_of_the_model_in_peft(t
     weights = moved(source, value_head=nn.Parameter(torch.zeros(1, 128)))
     state = save_fragments(tmp_path / "state", weights)
     settings = tiny_settings(tmp_path, f"model.path={source}", "lora.rank=2", "lora.alpha=6")
+    settings.model.eos = "<unk>"
     folder = tmp_path / "adapter"
-    export_adapters(state, settings, "float32", folder)
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages[-1]['content'] }}")
+    export_adapters(state, settings, "float32", folder, template)
     again = PeftModel.from_pretrained(load_model(str(source)), folder)
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, weights.model(IDS).logits)
-    assert sorted(path.name for path in folder.iterdir()) == [
+    assert {path.name for path in folder.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
-    ]
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token == "<unk>", "of the run"
+    conversation = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(conversation, tokenize=False) == "hi"
     other = tiny_settings(tmp_path, f"model.path={source}", "lora.rank=3")
     with pytest.raises(CheckpointError, match=r"lora_A\.weight in the shape \[3, .*lora\.rank=3"):
         export_adapters(state, other, "float32", folder)
