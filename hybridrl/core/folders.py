@@ -17,7 +17,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
     cannot be replaced. It gets the files one by one, those without which it counts as no model at
     the end.
     """
-    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     fills = is_empty_folder(folder)
     parent = folder if fills else folder.parent

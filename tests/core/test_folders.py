@@ -51,6 +51,7 @@ def test_an_empty_folder_is_filled_and_stays_itself(
     number = folder.stat().st_ino
     write(tmp_path / "link")
     assert texts(folder) == FILES and (tmp_path / "link").is_symlink()
+    assert folder.stat().st_ino == number
     for path in folder.iterdir():
         path.unlink()
     monkeypatch.chdir(folder)
