@@ -110,7 +110,7 @@ class Answering:
     Args:
         rewards: judge the responses; None: they are not judged.
         tokenizer: of the responses.
-        watch: as in runtime.calls.settle.
+        check: called every WATCH_S while waiting; what it raises ends the wait.
     """
 
     def __init__(
@@ -118,12 +118,12 @@ class Answering:
         rollout: RolloutGroup,
         rewards: RewardGroup | None,
         tokenizer: PreTrainedTokenizerBase,
-        watch: Callable[[], Pending | None] = watch_nothing,
+        check: Callable[[], None] = watch_nothing,
     ) -> None:
         self.rollout = rollout
         self.rewards = rewards
         self.tokenizer = tokenizer
-        self.watch = watch
+        self.check = check
 
     def answers(self, waves: Sequence[Wave], decoding: Decoding) -> Iterator[list[Answer]]:
         """Lists of answers that finished at about the same time.
@@ -136,7 +136,7 @@ class Answering:
         under_way: list[Unfinished] = []
         while waiting or under_way:
             sampling = {unfinished.engine for unfinished in under_way if not unfinished.rewards}
-            for engine in self.rollout.serving():
+            for engine in self.rollout.serving(self.check):
                 if waiting and engine not in sampling:
                     under_way += self._started(engine, waiting.popleft(), decoding)
             finished, under_way, failed = self._wait(under_way)
@@ -165,7 +165,7 @@ class Answering:
             answers that failed are wanted.
         """
         count = max(int(RESULTS_SHARE * len(under_way)), 1)
-        results, failures = settle([u.call for u in under_way], self.watch, count)
+        results, failures = settle([u.call for u in under_way], self._watch, count)
         for error in failures:
             self._replace(error)
         finished: list[Answer] = []
@@ -191,10 +191,14 @@ class Answering:
         ]
         return finished, remaining, [wave for wave in again if wave.wanted]
 
+    def _watch(self) -> Pending | None:
+        self.check()
+        return self.rollout.silent()
+
     def _replace(self, error: WorkerError) -> None:
         """Start another worker in the place of the one that failed."""
         if self.rewards is not None and error.worker in self.rewards.group.names:
-            self.rewards.lose(error)
+            self.rewards.lose(error, self.check)
         else:
             self.rollout.lose(error)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from hybridrl.controller.coefficients import Coefficients
 from hybridrl.controller.sampling import PendingChunk, Sampling
+from hybridrl.core.errors import Preempted
 from hybridrl.data.mixture import PromptMixture
 from hybridrl.data.prompts import PromptSource
 from hybridrl.settings.run import RunSettings
@@ -107,14 +108,22 @@ class Pipeline:
 
         Args:
             again: how many waves the same step had before.
+
+        Raises:
+            Preempted: a stop signal came while no engine served; no prompt is lost.
         """
-        drawn = self.sampling.draw(
-            self.prompts.next_batch(self.oversampled),
-            step=step,
-            wave=f"train-{step}" + (f".{again}" if again else ""),
-            seed=wave_seed(self.settings.run.seed, "train", step),
-            reward_weights=self.coefficients.rewards(step),
-        )
+        prompts = self.prompts.next_batch(self.oversampled)
+        try:
+            drawn = self.sampling.draw(
+                prompts,
+                step=step,
+                wave=f"train-{step}" + (f".{again}" if again else ""),
+                seed=wave_seed(self.settings.run.seed, "train", step),
+                reward_weights=self.coefficients.rewards(step),
+            )
+        except Preempted:
+            self.prompts.put_back(prompts)
+            raise
         return Wave(step=step, drawn=drawn)
 
     @property

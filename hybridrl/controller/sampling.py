@@ -53,9 +53,10 @@ class Sampling:
     """Gets responses from the student's engines, the teacher's engine and the data, in the shares
     of algorithm.teacher_fraction and data_fraction, with their rewards and scores.
 
-    consumes prompts / produces chunks under way, then their headers, rewards and scores / `draw`
-    and `heldout` wait for nothing, the other methods for the workers whose results they return. A
-    worker that fails in the meantime is replaced, and its calls are made again.
+    consumes prompts / produces chunks under way, then their headers, rewards and scores /
+    `heldout` waits for nothing, `draw` only where no engine serves, the other methods for the
+    workers whose results they return. A worker that fails in the meantime is replaced, and its
+    calls are made again.
     """
 
     def __init__(
@@ -82,6 +83,9 @@ class Sampling:
     ) -> list[PendingChunk]:
         """Start a wave for `step`. Chunks of the student come first, then the teacher's, then the
         data's, each in prompt order.
+
+        Raises:
+            Preempted: a stop signal came while no engine served; no chunk is returned.
         """
         by_student, by_teacher, by_data = shares(len(prompts), self.settings.algorithm, step)
         teacher = self.workers.teacher_rollout
@@ -117,6 +121,7 @@ class Sampling:
             temperature=self.settings.algorithm.temperature,
             seed=seed,
             support=self.needs.sampler_support,
+            watch=self._check,
         )
         return [(engines, chunk) for chunk in chunks]
 
@@ -169,7 +174,7 @@ class Sampling:
         return self._settled(drawn, _header_call, self._sample_again)
 
     def _sample_again(self, drawn: PendingChunk) -> None:
-        drawn.chunk = drawn.writer.again(drawn.chunk)
+        drawn.chunk = drawn.writer.again(drawn.chunk, self._check)
         self._start_rewards(drawn)
         self._start_scores([drawn])
 
@@ -226,15 +231,19 @@ class Sampling:
             if not failures:
                 return [first for first, *_ in by_chunk]
             for error in failures:
-                self.workers.lose(error)
+                self.workers.lose(error, self._check)
             for d, of_one in zip(drawn, by_chunk, strict=True):
                 if any(isinstance(result, WorkerError) for result in of_one):
                     again(d)
 
-    def _watch(self) -> Pending | None:
-        """Called while waiting."""
+    def _check(self) -> None:
+        """Called about once a second during a wait: raises if a stop signal came."""
         if self.preemption is not None:
             self.preemption.check()
+
+    def _watch(self) -> Pending | None:
+        """As `_check`, and returns the ping of an engine that does not answer."""
+        self._check()
         return self.workers.silent()
 
     def first(

@@ -22,7 +22,6 @@ from hybridrl.models.loading import resolve
 from hybridrl.run_dir.answer_file import AnswerFile, opened, state_folder
 from hybridrl.run_dir.contents import digest_of_files
 from hybridrl.run_dir.inputs import MODEL_FILES, described
-from hybridrl.runtime.calls import Pending
 from hybridrl.types import Prompt
 
 NOTICE = b"Ctrl-C: ends within a second, finished answers are retained; once more ends it at once\n"
@@ -119,12 +118,9 @@ def write_answers(
     Raises:
         Preempted: a signal ended it.
     """
-
-    def watch() -> Pending | None:
-        preemption.check()
-        return engines.rollout.silent()
-
-    answering = Answering(engines.rollout, engines.rewards, model.tokenizer(), watch)
+    answering = Answering(
+        engines.rollout, engines.rewards, model.tokenizer(), check=preemption.check
+    )
     waves = waves_of(job.prompts, prompts_per_wave(model, job.decoding), file.done)
     began = time.monotonic()
     next_line = began + LINE_EVERY_S

@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hybridrl.core.errors import FleetExhausted, WorkerError, WorkerTimeout, raised
-from hybridrl.runtime.calls import Meter, Pending, gather, settle, succeeded
+from hybridrl.runtime.calls import Meter, Pending, gather, settle, succeeded, watch_nothing
 from hybridrl.runtime.host import AsyncHost, Host
 from hybridrl.runtime.worker_log import STACKS
 from hybridrl.settings.run import RunSettings
@@ -185,16 +185,21 @@ class ActorGroup:
         first = self.first_calls[index].get(error.call)
         return first is None or not succeeded(first)
 
-    def rebuild(self, error: WorkerError, start_s: float) -> None:
+    def rebuild(
+        self, error: WorkerError, start_s: float, watch: Callable[[], None] = watch_nothing
+    ) -> None:
         """Replace a worker and wait until the new ones answer, so that the deadline of a call does
         not count their start.
+
+        Args:
+            watch: as of `await_first`.
 
         Raises:
             FleetExhausted: as in `replace`.
         """
         while (index := self.replace(error)) is not None:
             pings = [self.submit(i, "ping", deadline_s=start_s) for i in self.members(index)]
-            _, failures = settle(pings)
+            _, failures = settle(pings, watch)
             if not failures:
                 return
             error = failures[0]

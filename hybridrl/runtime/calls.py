@@ -260,8 +260,13 @@ def outcomes(
     return results
 
 
-def await_first(pending: Sequence[Pending]) -> list[WorkerTimeout]:
+def await_first(
+    pending: Sequence[Pending], watch: Callable[[], None] = watch_nothing
+) -> list[WorkerTimeout]:
     """Wait until one of the calls has ended, at most as long as the longest deadline.
+
+    Args:
+        watch: called every WATCH_S; what it raises ends the wait.
 
     Returns:
         Empty, or the errors of all calls if none has ended.
@@ -279,6 +284,7 @@ def await_first(pending: Sequence[Pending]) -> list[WorkerTimeout]:
             break
         if left <= 0:
             return [_timeout(p, limit) for p in pending]
+        watch()
     return []
 
 

@@ -106,18 +106,21 @@ class Fleet:
         """Wait for calls, and replace the engines whose calls failed."""
         self.lose_all(failures(calls))
 
-    def admit(self) -> None:
+    def admit(self, watch: Callable[[], None] = watch_nothing) -> None:
         """Let replaced engines serve that are ready, once they have acknowledged the newest
         weights. If no engine serves, wait for them.
+
+        Args:
+            watch: as of `await_first`.
         """
         before = set(self.serving)
-        self._admit_ready()
+        self._admit_ready(watch)
         if self.serving - before:
             self.joined()
 
-    def _admit_ready(self) -> None:
+    def _admit_ready(self, watch: Callable[[], None]) -> None:
         while self.joining:
-            if not self.serving and (late := await_first(list(self.joining.values()))):
+            if not self.serving and (late := await_first(list(self.joining.values()), watch)):
                 self.joining = {}
                 self.lose_all(late)
                 continue

@@ -1,9 +1,9 @@
 """The worker that hands out the data's own responses, in the place of an engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hybridrl.runtime.actor_group import Slot
-from hybridrl.runtime.calls import Pending
+from hybridrl.runtime.calls import Pending, watch_nothing
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.stateless_group import StatelessGroup
 from hybridrl.settings.run import RunSettings
@@ -35,8 +35,8 @@ class ReplayGroup(StatelessGroup):
         )
         return [Chunk(order=order, prompts=tuple(prompts), header=header, batch=batch)]
 
-    def again(self, chunk: Chunk) -> Chunk:
-        """The same responses once more."""
+    def again(self, chunk: Chunk, watch: Callable[[], None] = watch_nothing) -> Chunk:
+        """The same responses once more, without a wait."""
         return self.generate(chunk.prompts, wave=chunk.order.wave)[0]
 
     def rank(self, chunks: Sequence[Chunk]) -> list[Pending]:

@@ -1,14 +1,14 @@
 """The vLLM engines of a run: which engine samples which chunk, and which weights they hold."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import ray
 
 from hybridrl.core.errors import WeightSyncError, WorkerDied, WorkerError, WorkerTimeout
 from hybridrl.runtime.actor_group import ActorGroup, Slot
-from hybridrl.runtime.calls import Pending
+from hybridrl.runtime.calls import Pending, watch_nothing
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.engine_load import EngineLoad
 from hybridrl.runtime.fan_out import fan_out
@@ -102,14 +102,16 @@ class RolloutGroup:
         seed: int,
         support: int = 0,
         groups_per_chunk: int | None = None,
+        watch: Callable[[], None] = watch_nothing,
     ) -> list[Chunk]:
         """Start sampling. Chunks are contiguous in prompt order; each goes to the engine with the
         fewest tokens to do.
 
         Args:
             groups_per_chunk: None: as set in rollout.groups_per_chunk.
+            watch: as of `Fleet.admit`.
         """
-        self.fleet.admit()
+        self.fleet.admit(watch)
         rollout = self.settings.rollout
         size = chunk_size(
             len(prompts), groups_per_chunk or rollout.groups_per_chunk, self.group.size
@@ -135,9 +137,13 @@ class RolloutGroup:
             chunks.append(self._submit(engine, order, piece, load))
         return chunks
 
-    def serving(self) -> list[int]:
-        """The engines that serve; where none does, waits for those that are joining."""
-        self.fleet.admit()
+    def serving(self, watch: Callable[[], None] = watch_nothing) -> list[int]:
+        """The engines that serve; where none does, waits for those that are joining.
+
+        Args:
+            watch: as of `Fleet.admit`.
+        """
+        self.fleet.admit(watch)
         return sorted(self.fleet.serving)
 
     def generate_on(
@@ -172,9 +178,13 @@ class RolloutGroup:
             for order, prompt in zip(orders, prompts, strict=True)
         ]
 
-    def again(self, chunk: Chunk) -> Chunk:
-        """The same responses once more, from an engine that serves."""
-        self.fleet.admit()
+    def again(self, chunk: Chunk, watch: Callable[[], None] = watch_nothing) -> Chunk:
+        """The same responses once more, from an engine that serves.
+
+        Args:
+            watch: as of `Fleet.admit`.
+        """
+        self.fleet.admit(watch)
         order = replace(chunk.order, wave=f"{chunk.order.wave}'", chunk=0, num_chunks=1)
         load = longest_tokens(chunk.prompts, order.max_new_tokens, order.group_size)
         [engine] = self.load.assign([load], self.fleet.serving)
@@ -296,8 +306,8 @@ class RolloutGroup:
         """As Fleet.silent."""
         return self.fleet.silent()
 
-    def lose(self, error: WorkerError) -> None:
-        """As Fleet.lose."""
+    def lose(self, error: WorkerError, watch: Callable[[], None] = watch_nothing) -> None:
+        """As Fleet.lose, without a wait."""
         self.fleet.lose(error)
 
     # -- weights -----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import Any
 
 from hybridrl.core.errors import WorkerError
 from hybridrl.runtime.actor_group import ActorGroup, Slot
-from hybridrl.runtime.calls import Pending
+from hybridrl.runtime.calls import Pending, watch_nothing
 from hybridrl.settings.run import RunSettings
 
 
@@ -49,13 +49,17 @@ class StatelessGroup:
         self.settings = settings
         self.group.begin_job(settings, log_dir)
 
-    def lose(self, error: WorkerError) -> None:
-        """Start another worker in the place of the one that failed, with all of its unit.
+    def lose(self, error: WorkerError, watch: Callable[[], None] = watch_nothing) -> None:
+        """Start another worker in the place of the one that failed, with all of its unit, and wait
+        until it is built.
+
+        Args:
+            watch: as of `await_first`.
 
         Raises:
             FleetExhausted: cluster.max_restarts is used up.
         """
-        self.group.rebuild(error, self.settings.deadlines.start_s)
+        self.group.rebuild(error, self.settings.deadlines.start_s, watch)
 
     def ready(self) -> list[Pending]:
         """One call per worker, which ends when it is built."""

@@ -10,7 +10,7 @@ from functools import partial
 
 from hybridrl.core.errors import WorkerError
 from hybridrl.runtime.actor_group import Slot
-from hybridrl.runtime.calls import Pending
+from hybridrl.runtime.calls import Pending, watch_nothing
 from hybridrl.runtime.cluster import Cluster, Team
 from hybridrl.runtime.learner_group import LearnerGroup
 from hybridrl.runtime.replay_group import ReplayGroup
@@ -74,8 +74,11 @@ class Workers:
         """A ping that some engine should have answered by now; None: all answer."""
         return next((ping for group in self.engines if (ping := group.silent()) is not None), None)
 
-    def lose(self, error: WorkerError) -> None:
+    def lose(self, error: WorkerError, watch: Callable[[], None] = watch_nothing) -> None:
         """Replace the worker that failed.
+
+        Args:
+            watch: called every WATCH_S while another one starts; what it raises ends the wait.
 
         Raises:
             WorkerError: `error` itself, if only going back to a checkpoint helps: a learner's rank
@@ -85,7 +88,7 @@ class Workers:
         for group in self.groups:
             if error.worker in group.group.names and not isinstance(group, LearnerGroup):
                 log.warning("%s; starting another worker in its place", error)
-                return group.lose(error)
+                return group.lose(error, watch)
         raise error
 
 

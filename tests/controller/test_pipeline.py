@@ -27,9 +27,11 @@ from hybridrl.core.errors import (
     WorkerTimeout,
 )
 from hybridrl.data.prompts import PromptSource
+from hybridrl.runtime.actor_group import ActorGroup
 from hybridrl.runtime.calls import Pending, await_first, gather, outcomes, settle
 from hybridrl.runtime.chunk import Chunk
 from hybridrl.runtime.engine_load import EngineLoad
+from hybridrl.runtime.fleet import Fleet as EngineFleet
 from hybridrl.settings.choices import Source
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
@@ -60,6 +62,20 @@ def drawn(prompts: list[Prompt], wave: str) -> list[PendingChunk]:
         PendingChunk(writer=None, chunk=chunk, reward_weights=(), rewards=pending(0))
         for chunk in chunks
     ]
+
+
+class NoEngine:
+    """Stands for the engines of a run while none of them serves."""
+
+    def generate(self, prompts, *, watch, **how):
+        watch()
+        raise AssertionError("the wait for an engine is not watched")
+
+    def again(self, chunk, watch):
+        self.generate(chunk.prompts, watch=watch)
+
+    def lose(self, error, watch):
+        self.generate((), watch=watch)
 
 
 class Recorder:
@@ -105,6 +121,35 @@ def test_sampling_waits_while_the_waves_ahead_would_fill_the_store():
         made.wave_bytes = 10
         made.take(0)
         assert len(made.waves) == ahead
+
+
+def stopped() -> Preemption:
+    preemption = Preemption()
+    preemption.signal_name = "SIGTERM"
+    return preemption
+
+
+def test_a_stop_signal_ends_the_wait_for_an_engine_and_the_prompts_are_drawn_again():
+    made, _, source = pipeline()
+    workers = SimpleNamespace(rollout=NoEngine(), teacher_rollout=None, replay=None)
+    made.sampling = Sampling(settings(), workers, stopped())
+    with pytest.raises(Preempted):
+        made.take(0)
+    resumed = PromptSource(PROMPTS, 0)
+    resumed.load_state_dict(source.state_dict(made.in_flight()))
+    assert resumed.next_batch(5) == PromptSource(PROMPTS, 0).next_batch(5)
+
+
+def test_a_stop_signal_ends_the_wait_for_the_worker_in_the_place_of_one_that_failed(monkeypatch):
+    lost = WorkerDied("engine", "generate", "killed", 0)
+    sampling = Sampling(settings(), NoEngine(), stopped())
+    waited = drawn(PROMPTS[:1], "train-0")
+    monkeypatch.setattr("hybridrl.controller.sampling.settle", lambda *_: ([lost], [lost]))
+    with pytest.raises(Preempted):
+        sampling.headers(waited)
+    waited[0].writer = NoEngine()
+    with pytest.raises(Preempted):
+        sampling._sample_again(waited[0])
 
 
 def test_further_waves_of_a_step_have_further_prompts_and_names_of_their_own():
@@ -241,7 +286,8 @@ class Fleet:
     def silent(self) -> Pending | None:
         return self.silent_call
 
-    def lose(self, error: WorkerError) -> None:
+    def lose(self, error: WorkerError, watch: Callable[[], None]) -> None:
+        watch()  # it waits for the new worker
         self.silent_call = None
         self.lost.append(error.worker)
         self.then(error)
@@ -252,7 +298,8 @@ class Fleet:
     def score(self, chunks, weights) -> list[Pending]:
         return [pending(0) for _ in chunks]
 
-    def again(self, chunk: Chunk) -> Chunk:
+    def again(self, chunk: Chunk, watch: Callable[[], None]) -> Chunk:
+        watch()  # it waits where no engine serves
         return replace(chunk, header=under_way("rollout/0"))
 
 
@@ -310,6 +357,24 @@ def test_of_several_calls_one_that_ends_is_waited_for_and_else_all_fail_at_the_d
     assert [error.worker for error in await_first(late)] == ["rollout/0", "rollout/1"]
 
 
+@pytest.mark.graph
+def test_the_waits_for_new_workers_end_with_what_their_watch_raises(alone):
+    """That of a fleet without an engine that serves, and that for a worker that is rebuilt."""
+    group = SimpleNamespace(
+        size=1,
+        replace=lambda error: 0,
+        members=lambda index: range(1),
+        submit=lambda index, method, deadline_s: under_way("scorer/0"),
+    )
+    engines = EngineFleet(group, settings().deadlines, None, lambda engine: None)
+    engines.lose(WorkerDied("rollout/0", "generate", "killed", 0))
+    with pytest.raises(Preempted):
+        engines.admit(stopped().check)
+    assert list(engines.joining) == [0], "it can still join"
+    with pytest.raises(Preempted):
+        ActorGroup.rebuild(group, WorkerDied("scorer/0", "score", "killed", 0), 60, stopped().check)
+
+
 def one_is_silent() -> tuple[list[PendingChunk], Fleet]:
     """Two chunks, of which one is done, and a fleet with a silent worker; the other chunk is done
     once that is replaced.
@@ -333,10 +398,8 @@ def test_sampling_replaces_a_silent_worker_and_continues_to_wait(alone):
 def test_a_stop_signal_ends_the_wait_for_a_batch_and_not_that_of_an_evaluation(alone):
     """The step before an evaluation is learned and has no row yet."""
     waited, fleet = one_is_silent()
-    preemption = Preemption()
-    preemption.signal_name = "SIGTERM"
     with pytest.raises(Preempted):
-        Sampling(settings(), fleet, preemption).headers(waited)
+        Sampling(settings(), fleet, stopped()).headers(waited)
     evaluator = Evaluator(settings(), fleet, Coefficients(settings()), [])
     assert evaluator.sampling.headers(waited) == ["x", "y"]
 

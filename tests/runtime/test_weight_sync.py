@@ -2,7 +2,7 @@
 that write down their calls. tests/weights/test_gpu_transfer.py has the real ones.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import pytest
@@ -38,7 +38,7 @@ class Engines(Fleet):
         self.ready: set[int] = set()
         self.joined = do_nothing
 
-    def _admit_ready(self) -> None:
+    def _admit_ready(self, watch: Callable[[], None]) -> None:
         self.serving |= self.ready
         self.ready = set()
 
