@@ -71,8 +71,8 @@ def train(
         Preempted: the run was ended by a signal and has saved what it could.
         HybridRLError: the run failed; one of the types in hybridrl.core.errors. Nothing is left
             running.
-        Exception: as on_step raised it; what was learned so far is saved, and nothing is left
-            running.
+        Exception: as on_step raised it; what was learned so far is saved, or a note says why not,
+            and nothing is left running.
     """
     if isinstance(overrides, str):
         raise ConfigError(f"{overrides}: must be a list of texts; write [{overrides!r}]")

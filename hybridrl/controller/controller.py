@@ -223,11 +223,14 @@ class Controller:
         by a stop signal, which takes effect at the places where nothing would be lost.
 
         Raises:
-            Exception: of any type, as on_step raised it; what was learned so far is saved.
+            Exception: of any type, as on_step raised it; what was learned so far is saved, or a
+                note says why not.
             Preempted: a stop signal arrived; what was learned so far is saved.
             RunDirectoryTaken: another directory has the path of the run's; nothing is saved there.
             RunDirectoryError: the run directory or a file of it was removed, moved or replaced.
                 What was learned so far is saved under its path.
+            CheckpointError: the last checkpoint of the run cannot be written, or that of a stop
+                signal or a removed directory, which the message names too.
         """
         try:
             self._train()
@@ -253,8 +256,8 @@ class Controller:
                 self.sinks.log(row)
             except RunDirectoryTaken:
                 raise
-            except (Preempted, RunDirectoryError):
-                self.save_unsaved(row, last=False)
+            except (Preempted, RunDirectoryError) as end:
+                self._save_at_end(row, end)
                 raise
             failpoints.hit("controller.logged", step=self.steps_done)
             every = settings.checkpoint.every
@@ -264,21 +267,37 @@ class Controller:
             if self.on_step is not None:
                 self._call_back(self.on_step, row)
 
+    def _save_at_end(self, row: Mapping[str, float], end: Preempted | RunDirectoryError) -> None:
+        """Save what was learned when `end` stops the run.
+
+        Raises:
+            CheckpointError: it cannot be written; the message has that of `end` too.
+        """
+        try:
+            self.save_unsaved(row)
+        except CheckpointError as error:
+            step = f"step {self.steps_done} has no checkpoint, the older ones are whole"
+            raise CheckpointError(f"{end}; {step}: {error}") from end
+
     def _call_back(self, on_step: OnStep, row: Mapping[str, float]) -> None:
         """Call the caller's function with a copy of the row.
 
         Raises:
-            Exception: as on_step raised it, after a checkpoint.
+            Exception: as on_step raised it, after a checkpoint; a note says whether it is written.
         """
         try:
             on_step(self.steps_done, dict(row))
         except StopTraining:
-            self.save_unsaved(row, last=True)
+            self.save_unsaved(row)
             self.stopped = self.steps_done < self.settings.train.steps
         except Exception as error:
             error.add_note(f"on_step raised this after step {self.steps_done} of the run")
-            self.save_unsaved(row, last=False)
-            error.add_note("the step is saved, and the same call continues after it")
+            try:
+                self.save_unsaved(row)
+            except CheckpointError as unsaved:
+                error.add_note(f"the step has no checkpoint, the older ones are whole: {unsaved}")
+            else:
+                error.add_note("the step is saved, and the same call continues after it")
             raise
 
     def _step_or_skip(self) -> dict[str, float]:
@@ -480,7 +499,7 @@ class Controller:
             row: the step's metrics, where checkpoint.best looks its metric up.
 
         Raises:
-            CheckpointError: the run's last checkpoint cannot be written.
+            CheckpointError: the last checkpoint of the run or of its session cannot be written.
             RunDirectoryTaken: another directory has the path of the run's.
             WorkerError: a learner rank failed.
         """
@@ -499,11 +518,11 @@ class Controller:
                     error,
                 )
 
-    def save_unsaved(self, row: Mapping[str, float], *, last: bool) -> None:
-        """Save a checkpoint, as `save`, unless the newest one is of this step."""
+    def save_unsaved(self, row: Mapping[str, float]) -> None:
+        """Save a checkpoint, as `save` does the last one, unless the newest one is of this step."""
         self.saving.settle_logged()
         if self.steps_done > self.saving.saved_step:
-            self.save(row, last=last)
+            self.save(row, last=True)
 
     def _save(self, row: Mapping[str, float], *, wait: bool) -> None:
         for _ in count():

@@ -359,18 +359,16 @@ def test_a_checkpoint_that_fails_is_told_and_the_run_goes_on_but_not_past_its_en
 
 
 @pytest.mark.graph
-def test_told_to_end_while_checkpoints_fail_it_ends_as_told_and_says_that_the_step_was_not_saved(
-    graph: Graph, whole: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_told_to_end_while_checkpoints_fail_it_ends_and_says_that_the_step_was_not_saved(
+    graph: Graph, whole: Whole, tmp_path: Path
 ):
     controller, recorder = continued(graph, whole, 1, tmp_path)
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     recorder.then = lambda: setattr(controller.preemption, "signal_name", "SIGTERM")
-    with caplog.at_level(logging.ERROR), pytest.raises(Preempted):
+    says = r"^ended by SIGTERM; .*; step 2 has no checkpoint, the older ones are whole: .*not saved"
+    with pytest.raises(CheckpointError, match=says) as raised:
         controller.run()
-    assert (
-        len(recorder.rows) == 1
-        and "step 2 has no checkpoint, the older ones are whole: " in caplog.text
-    )
+    assert len(recorder.rows) == 1 and isinstance(raised.value.__cause__, Preempted)
 
 
 @pytest.mark.graph
@@ -421,6 +419,22 @@ def test_what_on_step_raises_ends_the_run_at_a_checkpoint_and_arrives_with_its_o
     ]
     assert [row["train/step"] for row in recorder.rows] == [2]
     assert [folder.name for folder in step_folders(tmp_path)] == ["step_000002"]
+
+
+@pytest.mark.graph
+def test_a_step_that_cannot_be_saved_after_an_error_of_on_step_is_not_called_saved(
+    graph: Graph, whole: Whole, tmp_path: Path
+):
+    def fill_the_disk(step: int, metrics: Mapping[str, float]) -> None:
+        (tmp_path / "checkpoints").write_text("a file where the folder should be")
+        raise KeyError("of the caller")
+
+    controller, _ = calling(graph, whole, tmp_path, fill_the_disk)
+    with pytest.raises(KeyError) as raised:
+        controller.run()
+    whose, what = raised.value.__notes__
+    assert whose == "on_step raised this after step 2 of the run"
+    assert what.startswith("the step has no checkpoint, the older ones are whole: ")
 
 
 @pytest.mark.graph
