@@ -459,9 +459,10 @@ class Controller:
                 self.workers.enter(phase)
 
     def _check_reward_errors(self, rewards: Sequence[Rewards]) -> None:
-        if not self.learns_from_rewards:  # then they are only reported
+        judged = [r.errors for r in rewards if r.part_names]  # no function judges the data's own
+        if not judged or not self.learns_from_rewards:  # not learned from: only reported
             return
-        rate = float(np.concatenate([r.errors for r in rewards]).mean())
+        rate = float(np.concatenate(judged).mean())
         limit = self.settings.reward.max_error_rate
         if rate > limit:
             raise RewardError(

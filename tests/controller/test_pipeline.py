@@ -27,6 +27,7 @@ from hybridrl.core.errors import (
     WorkerTimeout,
 )
 from hybridrl.data.prompts import PromptSource
+from hybridrl.rollout.replay import Replay
 from hybridrl.runtime.actor_group import ActorGroup
 from hybridrl.runtime.calls import Pending, await_first, gather, outcomes, settle
 from hybridrl.runtime.chunk import Chunk
@@ -174,16 +175,20 @@ def test_further_waves_of_a_step_have_further_prompts_and_names_of_their_own():
 def test_more_failed_rewards_than_reward_max_error_rate_end_a_run_that_learns_from_them(
     failed: int, learns: bool, refused: bool
 ):
-    """Of four responses in two chunks, and a rate of a quarter."""
+    """Of four responses in two chunks, and a rate of a quarter. The data's own responses, which no
+    function judges, do not count.
+    """
     values = [math.nan] * failed + [1.0] * (4 - failed)
     batch = make_batch([((1,), [(2,), (2,)])])
     rewards = [make_rewards(batch, values[:2]), make_rewards(batch, values[2:])]
+    ranks = Replay().rank(make_batch([((1,), [(2,)] * 8)]))
     run = SimpleNamespace(
         learns_from_rewards=learns, settings=settings("reward.max_error_rate=0.25"), steps_done=7
     )
     message = r"^step 7: 50\.0% of the reward calls failed, reward\.max_error_rate is 25\.0%; see"
     with pytest.raises(RewardError, match=message) if refused else nullcontext():
-        Controller._check_reward_errors(run, rewards)
+        Controller._check_reward_errors(run, [*rewards, ranks])
+    Controller._check_reward_errors(run, [ranks])
 
 
 def test_more_prompts_are_drawn_than_a_step_takes_when_oversampling():
