@@ -17,12 +17,11 @@ from hybridrl.models.loading import load_tokenizer
 from hybridrl.rewards.pool import Failure, Outcome, RewardPool, reward_calls
 from hybridrl.rewards.repetition import compressed_share, repeated_share
 from hybridrl.settings.choices import OnError
-from hybridrl.settings.rewards import RewardConfig
+from hybridrl.settings.rewards import FUNCTIONS_SHARE, RewardConfig
 from hybridrl.types import Bool, Rewards, RolloutBatch, Sample
 
 logger = logging.getLogger(__name__)
 MOST_LOGGED = 10  # failures that are logged one by one, per function and batch
-FUNCTIONS_SHARE = 0.9  # share of the deadline for the functions; the rest is for all other work
 
 
 class Tokenizer(Protocol):

@@ -1,5 +1,6 @@
 """The settings reward.*: the functions that judge responses, and the workers that run them."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,9 @@ from omegaconf import MISSING
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.algorithm import ScheduleConfig
 from hybridrl.settings.choices import OnError
+
+FUNCTIONS_SHARE = 0.9
+"""The part of deadlines.reward_s for the reward functions; the rest is for all other work."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +58,25 @@ class RewardConfig:
             for name, function in self.functions.items()
             if function.function == "reward_model" and "path" in function.options
         }
+
+    def check_time(self, deadline_s: float) -> None:
+        """Each function must have had its time, for all responses and for each alone, before the
+        worker counts as hung.
+
+        Args:
+            deadline_s: deadlines.reward_s.
+
+        Raises:
+            ConfigError: a worker would be replaced because of its functions.
+        """
+        longest = 2 * self.timeout_s * len(self.functions)
+        needed = longest / FUNCTIONS_SHARE
+        if deadline_s < needed < math.inf:  # no setting may be infinite
+            raise ConfigError(
+                f"deadlines.reward_s={deadline_s:g}: a worker may wait {longest:g} s for reward "
+                f"functions that hang, twice reward.timeout_s={self.timeout_s:g} for each; raise "
+                f"it to {math.ceil(needed)}, or lower reward.timeout_s"
+            )
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:

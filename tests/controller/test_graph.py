@@ -451,7 +451,9 @@ SHORT = DeadlineConfig(
 def short_deadlines(graph: Graph) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for group in graph.workers.groups:
-            patch.setattr(group, "settings", replace(group.settings, deadlines=SHORT))
+            reward = replace(group.settings.reward, timeout_s=4.0)
+            short = replace(group.settings, deadlines=SHORT, reward=reward)
+            patch.setattr(group, "settings", short)
         patch.setattr(graph.workers.rollout.fleet, "deadlines", SHORT)
         patch.setattr(graph.workers.rollout.fleet, "pings", {})  # those under way have other ones
         yield

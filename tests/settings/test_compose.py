@@ -404,6 +404,11 @@ BAD = [
     ),
     ("deadlines.sync_s=0", "deadlines.sync_s=0.0: must be positive"),
     ("reward.timeout_s=0", "reward.timeout_s=0.0: must be positive"),
+    (
+        "reward.timeout_s=136",
+        "deadlines.reward_s=300: a worker may wait 272 s for reward functions that hang, twice "
+        "reward.timeout_s=136 for each; raise it to 303, or lower reward.timeout_s",
+    ),
     ("reward.max_error_rate=2", "reward.max_error_rate=2.0: must be a fraction, in [0, 1]"),
     ("rollout.gpu_memory_utilization=3", "rollout.gpu_memory_utilization=3.0: must be a fraction"),
     ("data.num_train=0", "data.num_train=0, data.num_heldout="),

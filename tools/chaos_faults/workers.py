@@ -34,6 +34,7 @@ DEADLINES = [
     f"deadlines.rollout_s={ROLLOUT_S}",
     f"deadlines.score_s={SCORE_S}",
     f"deadlines.reward_s={SCORE_S}",
+    "reward.timeout_s=4",
     f"deadlines.learn_s={LEARN_S}",
     f"deadlines.sync_s={SYNC_S}",
 ]
