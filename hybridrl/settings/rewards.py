@@ -42,7 +42,9 @@ class RewardConfig:
     gpus: int = 0
     """GPUs of each worker, 0 or 1, on which its reward models compute; on CPUs it has no effect"""
     timeout_s: float = 10.0
-    """deadline of one call for one sequence, after which the child process is killed"""
+    """deadline of one call, after which the child process is killed; the call is for all responses
+    of a chunk that one process gets, and if that fails for each of them alone
+    """
     on_error: OnError = OnError.drop_group
     """what to do where a reward function raises, hangs or returns no finite number"""
     error_value: float = 0.0

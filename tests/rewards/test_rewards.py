@@ -420,6 +420,22 @@ def test_a_function_that_always_hangs_is_not_called_beyond_the_share_that_may_ti
         pool.close()
 
 
+def test_a_call_that_fails_for_all_its_responses_is_reported_once_before_each_is_scored_alone(
+    user_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = {"raises": RewardCall(function=f"{user_file}:raises", options={})}
+    pool = RewardPool(calls, processes=1, timeout_s=5, max_timeouts=0.5)
+    try:
+        for _ in range(2):
+            outcomes = pool.call("raises", {"completions": ["x", "b", "b"]})
+            assert kinds(outcomes) == ["raised", 1.0, 1.0]
+    finally:
+        pool.close()
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("reward.functions.raises failed in its call for 3 responses: raised: ")
+    assert line.endswith("they are scored one by one, and so are those of later calls that fail")
+
+
 def test_no_task_is_started_after_the_time_budget_of_a_call(user_file: Path) -> None:
     calls = {"hangs": RewardCall(function=f"{user_file}:hangs", options={})}
     pool = RewardPool(calls, processes=1, timeout_s=0.5, max_timeouts=1.0, budget_s=0.0)
