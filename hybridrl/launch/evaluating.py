@@ -189,7 +189,7 @@ def check_judges(settings: RunSettings, sets: Sequence[ProblemSet]) -> None:
     Raises:
         ConfigError: names the function.
     """
-    with loaded_rewards(settings.reward) as rewards:
+    with loaded_rewards(settings.reward, settings.deadlines.start_s) as rewards:
         for problems in sets:
             if rewards is not None:
                 key = f"eval.sets.{problems.name}"

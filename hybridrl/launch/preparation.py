@@ -62,7 +62,7 @@ def preflight(
     for name in settings.scored_teachers:
         arguments = settings.teachers[name].engine or {}
         check_engine_arguments(arguments, ArgumentRules.of_teacher(name))
-    with loaded_rewards(settings.reward) as rewards:
+    with loaded_rewards(settings.reward, settings.deadlines.start_s) as rewards:
         prompts, heldout = prepare_prompts(settings)
         sets = held_out_sets(settings)
         check_routes(settings, prompts, heldout, sets)

@@ -14,7 +14,7 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.core.json_lines import shortened
 from hybridrl.data.problem import source_of
 from hybridrl.data.route import takes
-from hybridrl.rewards.pool import Failure, FailureKind, RewardPool, reward_calls
+from hybridrl.rewards.pool import LOAD_S, Failure, FailureKind, RewardPool, reward_calls
 
 if TYPE_CHECKING:  # child processes import this package and must not load Hydra or numpy
     from hybridrl.settings.rewards import RewardConfig
@@ -54,8 +54,11 @@ def check_rewards(config: "RewardConfig") -> None:
 
 
 @contextmanager
-def loaded_rewards(config: "RewardConfig") -> Iterator[RewardPool | None]:
+def loaded_rewards(config: "RewardConfig", load_s: float = LOAD_S) -> Iterator[RewardPool | None]:
     """A pool of one child with every configured function loaded; None where no function is set.
+
+    Args:
+        load_s: longest time for loading them, deadlines.start_s.
 
     Raises:
         ConfigError: names the first function that cannot be loaded.
@@ -68,6 +71,7 @@ def loaded_rewards(config: "RewardConfig") -> Iterator[RewardPool | None]:
         processes=1,
         timeout_s=config.timeout_s,
         max_timeouts=config.max_error_rate,
+        load_s=load_s,
     )
     try:
         yield pool

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # child processes import this package and must not load Hydra
 log = logging.getLogger(__name__)
 
 LOAD_S = 120.0
-"""Longest time for a child to start and import the functions."""
+"""Longest time for a child to start and load the functions, unless another one is given."""
 
 
 class FailureKind(StrEnum):
@@ -61,6 +61,7 @@ class RewardPool:
         timeout_s: deadline of one task, which is all sequences of a child or a single one.
         max_timeouts: largest share of a batch that may time out, in [0, 1].
         budget_s: time of one `call` after which no further task is started.
+        load_s: longest time for a child to start and load the functions.
 
     Raises:
         ConfigError: a function cannot be loaded.
@@ -74,11 +75,13 @@ class RewardPool:
         timeout_s: float,
         max_timeouts: float,
         budget_s: float = math.inf,
+        load_s: float = LOAD_S,
     ) -> None:
         self._calls = dict(calls)
         self._timeout_s = timeout_s
         self._max_timeouts = max_timeouts
         self._budget_s = budget_s
+        self._load_s = load_s
         self._told: set[str] = set()  # functions of which a failed call is logged
         self._processes = [RewardProcess(self._calls) for _ in range(processes)]
         try:
@@ -184,7 +187,7 @@ class RewardPool:
         for _ in range(2):
             process = self._processes[i]
             try:
-                process.load(LOAD_S)
+                process.load(self._load_s)
                 process.submit(name, len(part), keywords, self._timeout_s)
                 return None
             except ProcessEnded as error:
@@ -222,11 +225,11 @@ class RewardPool:
         signatures: dict[str, Signature] = {}
         for process in self._processes:
             try:
-                process.load(LOAD_S)
+                process.load(self._load_s)
             except TimeoutError as error:
                 raise ConfigError(
-                    f"{field}: a process with all reward functions must load within {LOAD_S:g} s; "
-                    "import less"
+                    f"{field}: a process with all reward functions must load within "
+                    f"{self._load_s:g} s; import less, or raise deadlines.start_s"
                 ) from error
             except ProcessEnded as error:
                 raise ConfigError(

@@ -14,7 +14,7 @@ from hybridrl.core import failpoints
 from hybridrl.core.errors import RewardError
 from hybridrl.data.route import takes
 from hybridrl.models.loading import load_tokenizer
-from hybridrl.rewards.pool import Failure, Outcome, RewardPool, reward_calls
+from hybridrl.rewards.pool import LOAD_S, Failure, Outcome, RewardPool, reward_calls
 from hybridrl.rewards.repetition import compressed_share, repeated_share
 from hybridrl.settings.choices import OnError
 from hybridrl.settings.rewards import FUNCTIONS_SHARE, RewardConfig
@@ -38,6 +38,7 @@ class RewardWorker:
         watch_only: nothing is learned from the rewards, so a failure neither stops the run nor
             excludes a group.
         deadline_s: of `score`; calls that hang are ended early enough for it.
+        start_s: deadline of this constructor; functions that load for too long are refused before.
         eos: as model.eos; decoding leaves it out.
         device: of the reward models, cpu or cuda.
         load: maps tokenizer_path, revision and eos to the tokenizer.
@@ -54,6 +55,7 @@ class RewardWorker:
         *,
         watch_only: bool,
         deadline_s: float = math.inf,
+        start_s: float = LOAD_S,
         eos: str | None = None,
         device: str = "cpu",
         load: Callable[..., Tokenizer] = load_tokenizer,
@@ -72,6 +74,7 @@ class RewardWorker:
             "timeout_s": config.timeout_s,
             "max_timeouts": config.max_error_rate,
             "budget_s": budget_s,
+            "load_s": FUNCTIONS_SHARE * start_s,
         }
         # None: no reward function, nothing to call
         self.pool = RewardPool(calls, processes=config.processes, **limits) if calls else None

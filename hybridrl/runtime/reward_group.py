@@ -30,6 +30,7 @@ class RewardGroup(StatelessGroup):
             "eos": settings.model.eos,
             "watch_only": watch_only,
             "deadline_s": settings.deadlines.reward_s,
+            "start_s": settings.deadlines.start_s,
             "device": "cuda" if slots[0].num_gpus else "cpu",
         }
         of_all = [arguments] * len(slots)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hybridrl.core.errors import ConfigError, RewardError
+from hybridrl.launch.preparation import preflight
 from hybridrl.rewards.check import check_rewards
 from hybridrl.rewards.countdown import countdown
 from hybridrl.rewards.load import load_reward
@@ -20,6 +21,7 @@ from hybridrl.rewards.maths import math
 from hybridrl.rewards.pool import Failure, FailureKind, Outcome, RewardCall, RewardPool
 from hybridrl.rewards.worker import RewardWorker
 from hybridrl.settings.choices import OnError
+from hybridrl.settings.compose import load_config
 from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
 from hybridrl.types import RolloutBatch
 from tests.support.batches import text_batch
@@ -568,6 +570,26 @@ def test_an_error_of_loading_reaches_the_owner_of_the_child_process(
     config = RewardFunctionConfig(function=f"{tmp_path}/own.py:f")
     with pytest.raises(ConfigError, match=sentence):
         check_rewards(RewardConfig(functions={"r": config}))
+
+
+def test_functions_that_load_for_too_long_are_refused_with_the_setting_that_gives_them_longer(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "own.py").write_text("import time\ntime.sleep(600)")
+    function = f"{tmp_path}/own.py:f"
+    limit = r"a process with all reward functions must load within {} s; import less, or raise "
+    settings = [
+        "experiment=quickstart",
+        f"run.dir={tmp_path}/run",
+        "data.num_train=5",
+        f"reward.functions.countdown.function={function}",
+        "deadlines.start_s=0.5",
+    ]
+    with pytest.raises(ConfigError, match=limit.format(0.5) + r"deadlines\.start_s"):
+        preflight(load_config(settings))
+    config = RewardConfig(functions={"r": RewardFunctionConfig(function=function)})
+    with pytest.raises(ConfigError, match=limit.format(0.45)):  # its own deadline is 0.5 s
+        RewardWorker(config, "a", watch_only=False, start_s=0.5, load=lambda *_, **__: Letters())
 
 
 def test_an_option_that_the_function_does_not_take_is_a_config_error(user_file: Path) -> None:
