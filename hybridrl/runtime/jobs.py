@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -22,8 +23,13 @@ logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 ADDRESS = "http://127.0.0.1:8265"
 """Of the dashboard, as `ray start` opens it and a tunnel forwards it."""
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
-QUIET_S = 60.0  # of a lost connection to the output, after which the cluster counts as lost
+QUIET_S = 60.0
+"""Longest wait for output before the dashboard is asked whether the job goes on, and for a lost
+dashboard to answer again.
+"""
 RETRY_S = 1.0
+LOST = (OSError, RuntimeError, requests.RequestException, aiohttp.ClientError)
+"""What Ray's client raises where the dashboard does not answer."""
 STOPPED_STATUS = os.EX_TEMPFAIL  # 75: the same command continues
 EXCLUDED = (
     ".git",
@@ -125,8 +131,9 @@ class Jobs:
 
         Raises:
             ConfigError: there is no such job.
-            ClusterLost: the dashboard did not answer for a minute.
+            ClusterLost: the dashboard did not answer for QUIET_S.
         """
+        self.find(job_id)
         asyncio.run(Output(self._client, self.address, job_id, write).follow())
         return self.find(job_id)
 
@@ -170,14 +177,13 @@ class Output:
         loop = asyncio.get_running_loop()
         while True:
             before = self._written
-            began = loop.time()
             try:
-                await self._tail()
-                if self._client.get_job_status(self._job_id).is_terminal():
+                whole = await self._tail()
+                if self._client.get_job_status(self._job_id).is_terminal() and whole:
                     return
                 lost_at = None
-            except (OSError, RuntimeError, requests.RequestException) as error:
-                if self._written > before or loop.time() - began > QUIET_S:
+            except LOST as error:
+                if self._written > before:
                     lost_at = None  # this connection was one for a while
                 lost_at = lost_at or loop.time()
                 if loop.time() - lost_at > QUIET_S:
@@ -188,10 +194,23 @@ class Output:
                     ) from error
             await asyncio.sleep(RETRY_S)
 
-    async def _tail(self) -> None:
-        """Write what one connection brings, without what earlier ones brought."""
+    async def _tail(self) -> bool:
+        """Write what one connection brings, without what earlier ones brought, until it ends or
+        brings nothing for QUIET_S: a network that is gone in silence ends no connection.
+
+        Returns:
+            Whether the connection has ended, so that it has brought all.
+        """
         seen = 0
-        async for text in self._client.tail_job_logs(self._job_id):
+        texts = self._client.tail_job_logs(self._job_id)
+        while True:
+            try:
+                async with asyncio.timeout(QUIET_S):
+                    text = await anext(texts)
+            except StopAsyncIteration:
+                return True
+            except TimeoutError:
+                return False
             fresh = text[max(self._written - seen, 0) :]
             seen += len(text)
             if fresh:

@@ -5,10 +5,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
-from ray.job_submission import JobStatus
+from ray.job_submission import JobDetails, JobStatus
 
-from hybridrl.core.errors import ConfigError
+from hybridrl.core.errors import ClusterLost, ConfigError
 from hybridrl.launch.submission import check, job_of, parsed, settings_of, variables
 from hybridrl.runtime.jobs import Jobs, Output, Submitted, exit_status
 
@@ -189,7 +190,8 @@ class LosesConnections:
     before it, each with an error. Each connection begins with the first character.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
         self.events: list[str] = []
         self.connections = iter([["one "], [], ["one two", " three"]])
 
@@ -199,18 +201,75 @@ class LosesConnections:
         for text in texts:
             yield text
         if len(texts) < 2:
-            raise RuntimeError("WebSocket connection closed unexpectedly")
+            raise self.error
 
     def get_job_status(self, job_id: str) -> JobStatus:
         return JobStatus.SUCCEEDED
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("WebSocket connection closed unexpectedly"),
+        aiohttp.ServerDisconnectedError(),
+    ],
+)
 def test_output_is_written_once_over_connections_that_are_lost(
-    monkeypatch: pytest.MonkeyPatch,
+    error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hybridrl.runtime.jobs.RETRY_S", 0.0)
-    client: Any = LosesConnections()
+    client: Any = LosesConnections(error)
     written: list[str] = []
     asyncio.run(Output(client, "http://head:8265", "a", written.append).follow())
     assert written == ["one ", "two", " three"]
     assert client.events == ["connect a"] * 3
+
+
+class FallsSilent:
+    """A job whose first connections bring nothing and do not end; the last one brings the output.
+
+    Args:
+        answers: what the dashboard says of the job's status after each connection.
+    """
+
+    def __init__(self, answers: list[JobStatus | Exception]) -> None:
+        self.answers = iter(answers)
+        self.is_over = False
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        if not self.is_over:
+            await asyncio.Event().wait()
+        yield "one"
+
+    def get_job_status(self, job_id: str) -> JobStatus:
+        answer = JobStatus.SUCCEEDED if self.is_over else next(self.answers)
+        if isinstance(answer, Exception):
+            raise answer
+        self.is_over = answer is JobStatus.RUNNING
+        return answer
+
+
+def test_the_dashboard_is_asked_about_a_job_whose_output_is_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A network that is gone in silence ends no connection."""
+    monkeypatch.setattr("hybridrl.runtime.jobs.QUIET_S", 0.01)
+    monkeypatch.setattr("hybridrl.runtime.jobs.RETRY_S", 0.02)
+    goes_on: Any = FallsSilent([JobStatus.RUNNING])
+    written: list[str] = []
+    asyncio.run(Output(goes_on, "http://head:8265", "a", written.append).follow())
+    assert written == ["one"]
+    is_gone: Any = FallsSilent([ConnectionError("no route")] * 3)
+    with pytest.raises(ClusterLost, match=r"has not answered for 0\.01 s \(no route\)"):
+        asyncio.run(Output(is_gone, "http://head:8265", "a", written.append).follow())
+
+
+class HasNoJob:
+    def get_job_info(self, job_id: str) -> JobDetails:
+        raise RuntimeError(f"Request failed with status code 404: Job {job_id} does not exist.")
+
+
+def test_a_job_that_does_not_exist_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridrl.runtime.jobs.JobSubmissionClient", lambda address: HasNoJob())
+    with pytest.raises(ConfigError, match=r"^--address http://head:8265: .*Job typo does not exis"):
+        Jobs("http://head:8265").follow("typo")
