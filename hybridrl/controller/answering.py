@@ -183,7 +183,7 @@ class Answering:
             elif isinstance(result, Rewards) or self.rewards is None:
                 finished.append(self._answer(unfinished, result))
             else:  # it was sampled just now, or its reward worker failed
-                [unfinished.rewards] = self._judged(self.rewards, unfinished.chunk)
+                unfinished.rewards = self._judged(self.rewards, unfinished.chunk)
                 remaining.append(unfinished)
         again = [
             Wave(number=wave.number, prompts=wave.prompts, wanted=wave.wanted & uids)
@@ -203,9 +203,9 @@ class Answering:
             self.rollout.lose(error)
 
     @staticmethod
-    def _judged(rewards: RewardGroup, chunk: Chunk) -> list[Pending]:
+    def _judged(rewards: RewardGroup, chunk: Chunk) -> Pending:
         weights = [function.weight for function in rewards.settings.reward.functions.values()]
-        return rewards.score([chunk], weights)
+        return rewards.score_one(chunk, weights)
 
     def _answer(self, unfinished: Unfinished, result: object) -> Answer:
         batch: RolloutBatch = unfinished.chunk.batch.result()

@@ -157,7 +157,11 @@ class Sampling:
         return [next(ranks if writer is replay else rewards) for writer, _ in written]
 
     def _start_rewards(self, drawn: PendingChunk) -> None:
-        [drawn.rewards] = self._reward_calls([(drawn.writer, drawn.chunk)], drawn.reward_weights)
+        """The call for one chunk anew."""
+        if isinstance(drawn.writer, ReplayGroup):
+            [drawn.rewards] = drawn.writer.rank([drawn.chunk])
+        else:
+            drawn.rewards = self.workers.rewards.score_one(drawn.chunk, drawn.reward_weights)
 
     def _start_scores(self, drawn: Sequence[PendingChunk]) -> None:
         chunks = [d.chunk for d in drawn]
@@ -176,7 +180,7 @@ class Sampling:
     def _sample_again(self, drawn: PendingChunk) -> None:
         drawn.chunk = drawn.writer.again(drawn.chunk, self._check)
         self._start_rewards(drawn)
-        self._start_scores([drawn])
+        drawn.scores = [scorer.score_one(drawn.chunk) for scorer in self.workers.scorers]
 
     def rewards(self, drawn: Sequence[PendingChunk]) -> list[Rewards]:
         """Wait for the rewards of every chunk."""
@@ -197,7 +201,7 @@ class Sampling:
             return d.scores[teacher].header, *d.scores[teacher].followers
 
         def score_again(d: PendingChunk) -> None:
-            [d.scores[teacher]] = scorer.score([d.chunk])
+            d.scores[teacher] = scorer.score_one(d.chunk)
 
         return self._settled(drawn, score_calls, score_again)
 

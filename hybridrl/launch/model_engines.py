@@ -10,6 +10,7 @@ from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.runtime.start_up import StartUp
 from hybridrl.settings.choices import WeightTransfer
+from hybridrl.settings.run import RunSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,20 +30,19 @@ def started_engines(
     Args:
         log_dir: of one file for each worker.
         say: prints a line about each worker that is up.
-        judged: also start reward.workers workers.
+        judged: also start reward.workers workers, with reward.gpus each.
 
     Raises:
         PlacementError: the cluster cannot hold them.
         WorkerError: a worker could not be built, within deadlines.start_s.
     """
     settings = model.settings
-    rollout = settings.rollout
-    teams = [Team(name="rollout", size=rollout.engines, gpus=rollout.tensor_parallel, heavy=True)]
-    if judged:
-        teams.append(Team(name="reward", size=settings.reward.workers, gpus=0, heavy=False))
+    start_up = StartUp(say)
     with Cluster(settings) as cluster:
-        slots = cluster.place(teams)
+        slots = cluster.place(teams_of(settings, judged=judged))
         rewards = RewardGroup(settings, slots["reward"], log_dir=log_dir) if judged else None
+        if rewards is not None and settings.cluster.colocate:
+            start_up.wait(rewards.ready())  # an engine measures the free memory of its GPU
         engines = RolloutGroup(
             settings,
             slots["rollout"],
@@ -53,5 +53,15 @@ def started_engines(
             teacher=model.teacher,
         )
         starting = [*engines.ready(), *(rewards.ready() if rewards else [])]
-        StartUp(say).wait(starting)
+        start_up.wait(starting)
         yield ModelEngines(rollout=engines, rewards=rewards)
+
+
+def teams_of(settings: RunSettings, *, judged: bool) -> list[Team]:
+    """The workers, kind by kind, with as many GPUs as in the run."""
+    rollout = settings.rollout
+    reward = settings.reward
+    teams = [Team(name="rollout", size=rollout.engines, gpus=rollout.tensor_parallel, heavy=True)]
+    if judged:
+        teams.append(Team(name="reward", size=reward.workers, gpus=reward.gpus, heavy=False))
+    return teams

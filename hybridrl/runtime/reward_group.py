@@ -35,21 +35,25 @@ class RewardGroup(StatelessGroup):
         }
         of_all = [arguments] * len(slots)
         super().__init__(settings, slots, name="reward", arguments=of_all, log_dir=log_dir)
+        self.num_alone = 0  # chunks that came alone
 
     def score(self, chunks: Sequence[Chunk], weights: Sequence[float]) -> list[Pending]:
-        """One call per chunk: -> Rewards.
+        """One call per chunk of a wave: -> Rewards. The first worker gets the first chunk.
 
         Args:
             weights: of the reward functions at this step, in the order of reward.functions.
         """
+        return [self._score(i % self.group.size, chunk, weights) for i, chunk in enumerate(chunks)]
+
+    def score_one(self, chunk: Chunk, weights: Sequence[float]) -> Pending:
+        """As `score`, for a chunk that comes alone: the workers take turns from call to call."""
+        self.num_alone += 1
+        return self._score((self.num_alone - 1) % self.group.size, chunk, weights)
+
+    def _score(self, worker: int, chunk: Chunk, weights: Sequence[float]) -> Pending:
         # The deadline counts from when the rewards are waited for, and then the chunks are done.
         limit = self.settings.deadlines.reward_s
-        return [
-            self.group.submit(
-                i % self.group.size, "score", chunk.batch.ref, weights, deadline_s=limit
-            )
-            for i, chunk in enumerate(chunks)
-        ]
+        return self.group.submit(worker, "score", chunk.batch.ref, weights, deadline_s=limit)
 
     def samples(self, chunk: Chunk, rewards: Pending, step: int, count: int) -> tuple[Sample, ...]:
         """Wait for the first `count` rollouts of a chunk as text."""

@@ -72,6 +72,7 @@ class ScorerGroup(StatelessGroup):
             unit=self.devices,
             renewed=self._arguments,
         )
+        self.num_alone = 0  # chunks that came alone
 
     def _arguments(self, workers: range) -> list[Mapping[str, object]]:
         """Of the constructors of one replica's workers; several of them meet at a free port."""
@@ -136,22 +137,26 @@ class ScorerGroup(StatelessGroup):
         return [file for files in gather(calls) for file in files]
 
     def score(self, chunks: Sequence[Chunk]) -> list[ScoreCall]:
-        """One call per chunk, which starts when the chunk is done."""
+        """One call per chunk of a wave, which starts when the chunk is done. The first replica gets
+        the first chunk.
+        """
+        return [self._score(i % self.replicas, chunk) for i, chunk in enumerate(chunks)]
+
+    def score_one(self, chunk: Chunk) -> ScoreCall:
+        """As `score`, for a chunk that comes alone: the replicas take turns from call to call."""
+        self.num_alone += 1
+        return self._score((self.num_alone - 1) % self.replicas, chunk)
+
+    def _score(self, replica: int, chunk: Chunk) -> ScoreCall:
         # The deadline counts from when the scores are waited for, and then the chunks are done.
         limit = self.settings.deadlines.score_s
-        calls = []
-        for i, chunk in enumerate(chunks):
-            workers = self.group.members(i % self.replicas * self.devices)
-            first, *others = workers
-            header, scores = self.group.submit_pair(
-                first, "score", chunk.batch.ref, deadline_s=limit
-            )
-            followers = (
-                self.group.submit(other, "follow", chunk.batch.ref, deadline_s=limit)
-                for other in others
-            )
-            calls.append(ScoreCall(header, scores, tuple(followers)))
-        return calls
+        first, *others = self.group.members(replica * self.devices)
+        header, scores = self.group.submit_pair(first, "score", chunk.batch.ref, deadline_s=limit)
+        followers = (
+            self.group.submit(other, "follow", chunk.batch.ref, deadline_s=limit)
+            for other in others
+        )
+        return ScoreCall(header, scores, tuple(followers))
 
 
 def scoring(settings: RunSettings, teacher: str) -> tuple[Evidence, HeadRule]:

@@ -300,8 +300,8 @@ class Fleet:
     def cancel(self, chunks) -> None:
         self.cancelled += [chunk.prompts[0].uid for chunk in chunks]
 
-    def score(self, chunks, weights) -> list[Pending]:
-        return [pending(0) for _ in chunks]
+    def score_one(self, chunk: Chunk, weights) -> Pending:
+        return pending(0)
 
     def again(self, chunk: Chunk, watch: Callable[[], None]) -> Chunk:
         watch()  # it waits where no engine serves
