@@ -239,6 +239,9 @@ class Controller:
                 self.learner.note_failure(error)
             self.saving.settle_logged()
             raise
+        except BaseException:
+            self.learner.give_up("the run was ended at once")
+            raise
 
     def _train(self) -> None:
         settings = self.settings

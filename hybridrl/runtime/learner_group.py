@@ -64,7 +64,7 @@ class LearnerGroup:
         ]
         self.group = ActorGroup("learner", self.worker, slots, arguments, log_dir=log_dir)
         self.master = master
-        self.failed = False
+        self.given_up: str | None = None  # why no checkpoint is waited for any more
         self.connected: Connected | None = None
 
     def ready(self) -> list[Pending]:
@@ -74,7 +74,16 @@ class LearnerGroup:
         """Do not wait any longer for a checkpoint if the error is of a rank: a rank that failed
         does not write its file.
         """
-        self.failed = self.failed or error.worker in self.group.names
+        if error.worker in self.group.names:
+            self.give_up("a learner rank failed while its file was being written")
+
+    def give_up(self, reason: str) -> None:
+        """Do not wait any longer for a checkpoint, whose thread would keep this process alive.
+
+        Args:
+            reason: a sentence without its full stop.
+        """
+        self.given_up = self.given_up or reason
 
     def configure(self, settings: RunSettings) -> None:
         """Learn by other settings from here on; the student stays."""
@@ -219,9 +228,10 @@ class LearnerGroup:
         limits = self.settings.deadlines
         end = time.monotonic() + limits.save_s
         while True:
+            self._check_wanted()
             # A rank answers at the end of the update that it is busy with.
             calls = self.group.submit_all("saved_file", deadline_s=limits.learn_s + limits.save_s)
-            files = gather(calls, self._check_ranks)
+            files = gather(calls, self._check_wanted)
             if None not in files:
                 return files
             if time.monotonic() > end:
@@ -231,9 +241,9 @@ class LearnerGroup:
                 )
             time.sleep(POLL_S)
 
-    def _check_ranks(self) -> None:
-        if self.failed:
-            raise CheckpointError("a learner rank failed while its file was being written")
+    def _check_wanted(self) -> None:
+        if self.given_up is not None:
+            raise CheckpointError(self.given_up)
 
     def load_state(self, folder: str, optimizer_steps: int) -> None:
         self.group.call_all(

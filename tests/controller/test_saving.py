@@ -2,11 +2,16 @@
 
 import logging
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 
+from hybridrl.controller.controller import Controller
 from hybridrl.controller.saving import Saving
 from hybridrl.core.errors import CheckpointError, WorkerDied
+from hybridrl.runtime.calls import Pending
+from hybridrl.runtime.learner_group import LearnerGroup
+from hybridrl.settings.run import DeadlineConfig
 
 
 def test_a_step_counts_as_saved_when_its_checkpoint_is_committed_and_its_time_is_returned_once():
@@ -50,3 +55,39 @@ def test_an_error_of_the_program_itself_ends_the_run():
     saving.start(4, fail)
     with pytest.raises(RuntimeError, match="a fault"):
         saving.settle_logged()
+
+
+class Learner:
+    """Stands for the learner's group, which is asked for the files of a checkpoint without end."""
+
+    given_up: str | None = None
+    give_up = LearnerGroup.give_up
+    _check_wanted = LearnerGroup._check_wanted
+    settings = SimpleNamespace(deadlines=DeadlineConfig())
+
+    def __init__(self) -> None:
+        self.asked = Event()
+        self.group = self
+
+    def submit_all(self, method: str, *, deadline_s: float) -> list[Pending]:
+        self.asked.set()
+        return []
+
+
+def test_a_run_that_is_ended_at_once_does_not_wait_for_the_thread_of_its_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Python waits for all threads at its end."""
+    monkeypatch.setattr("hybridrl.runtime.learner_group.gather", lambda calls, watch: [None])
+    learner = Learner()
+    saving = Saving()
+    saving.start(4, lambda: LearnerGroup._saved_files(learner))
+
+    def second_signal() -> None:
+        learner.asked.wait()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Controller.run(SimpleNamespace(_train=second_signal, learner=learner, saving=saving))
+    with pytest.raises(CheckpointError, match="the run was ended at once"):
+        saving.settle()

@@ -6,6 +6,8 @@ again, then change VERSION.
 
 import inspect
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,3 +91,10 @@ def test_the_records_of_a_running_ray_name_its_nodes_and_the_places_of_bundles(o
     group = placement_group([{"CPU": 1}, {"CPU": 1}])
     assert group.wait(60)
     assert nodes_of_bundles(placement_group_table(group)) == dict.fromkeys((0, 1), node_id(record))
+
+
+def test_a_call_after_the_end_of_ray_starts_no_other_ray():
+    """The thread of a checkpoint may make one when the run is ended at once."""
+    call = "import hybridrl.runtime.calls as calls; calls.ray.wait([calls.ray.ObjectRef.nil()])"
+    ended = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
+    assert ended.returncode == 1 and "Ray has not been started yet" in ended.stderr, ended.stderr
