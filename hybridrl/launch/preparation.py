@@ -59,7 +59,7 @@ def preflight(
     if starts_ray(settings.cluster):  # the nodes of a cluster have packages of their own
         check_installed()
     check_engine_arguments(settings.rollout.engine)
-    for name in settings.scored_teachers:
+    for name in settings.teachers_in_use:
         arguments = settings.teachers[name].engine or {}
         check_engine_arguments(arguments, ArgumentRules.of_teacher(name))
     with loaded_rewards(settings.reward, settings.deadlines.start_s) as rewards:

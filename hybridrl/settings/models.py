@@ -59,7 +59,8 @@ class TeacherConfig:
     """how the server at url is used"""
     engine: dict[str, Any] | None = None
     """score by engines of vLLM that hold the model at path, one for each of scorer.replicas, with
-    these arguments, e.g. {tensor_parallel_size: 4}; {}: with vLLM's own. null: no engine
+    these arguments, e.g. {tensor_parallel_size: 4}; {}: with vLLM's own. null: no engine. What
+    the teacher writes (algorithm.teacher_fraction) it samples by the settings of rollout
     """
     share_base: bool = False
     """score in the learner, by the student's weights with its adapters switched off, in the place

@@ -16,8 +16,9 @@ from transformers import (
 
 from hybridrl.core.errors import ConfigError, ContractError
 from hybridrl.launch.preflight import check_repeats, different_tokens, probe_prompts
-from hybridrl.launch.preparation import prepare_prompts
+from hybridrl.launch.preparation import preflight, prepare_prompts
 from hybridrl.models.tiny import tiny_tokenizer
+from hybridrl.settings.compose import load_config
 from hybridrl.types import Prompt, TokenScores
 from tests.support.graph import tiny_settings
 
@@ -243,3 +244,22 @@ def test_the_probe_has_a_prompt_for_every_teacher_with_a_route():
     teachers = {"a": SimpleNamespace(route={}), "b": SimpleNamespace(route={"domain": "code"})}
     settings = SimpleNamespace(scored_teachers=["a", "b"], teachers=teachers)
     assert [p.uid for p in probe_prompts(settings, prompts)] == ["p0", "p1", "p2", "p3", "p9"]
+
+
+def test_the_arguments_of_the_engine_of_a_teacher_that_only_writes_are_checked_too():
+    """hybridrl eval --teacher starts an engine with them."""
+    settings = load_config(
+        [
+            "run.dir=here",
+            "experiment=quickstart",
+            "algorithm=grpo",
+            "algorithm.imitation_weight=0",
+            "algorithm.teacher_fraction=0.5",
+            "teachers.main.path=somewhere",
+            "+teachers.main.engine={seed: 1}",
+            "data.num_train=5",
+        ]
+    )
+    assert settings.scored_teachers == []
+    with pytest.raises(ConfigError, match=r"^teachers\.main\.engine\.seed: run\.seed decides it"):
+        preflight(settings)
