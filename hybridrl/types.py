@@ -41,7 +41,7 @@ Bool = NDArray[np.bool_]
 
 
 NO_VERSION = 2**31 - 1
-"""Newer than every weight version."""
+"""Stands for "no version": larger than any real one, so that a minimum ignores it."""
 
 
 class FinishReason(StrEnum):

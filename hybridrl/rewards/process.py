@@ -23,7 +23,10 @@ MAX_BYTES = 64 * 1024 * 1024
 STUCK_S = 30.0
 """Longest wait in the middle of a message, or for the guard's last message."""
 
-FORGED = "it wrote into the connection to its owner"
+FORGED = (
+    "the function disturbed the pipe that carries its results; it must not write to open file "
+    "descriptors"
+)
 
 _context = BareContext()
 

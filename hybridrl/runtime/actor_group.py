@@ -52,8 +52,8 @@ class ActorGroup:
         any_order: a call whose arguments are ready overtakes one that still waits for its own.
         unit: so many consecutive workers work together, so that all of them are replaced when one
             of them fails.
-        renewed: gives the arguments of the workers of a unit, by their indices, when others start
-            in their places; None: they are the same.
+        renewed: called before a unit is restarted, with the indices of its workers; returns their
+            new constructor arguments, e.g. with a new port. None: they are the same.
     """
 
     def __init__(

@@ -33,13 +33,29 @@ values.
 WATCH_S = 1.0
 """Between two calls of `watch` while waiting."""
 WAIT_SHARE = 1 / 32
-"""The part of the results under way that a wait lasts for, or WATCH_S if that is shorter. A wait
-examines all of them, so that one wait for each result would cost the square of their number.
+"""One `ray.wait` returns when this part of the open calls has finished, or after WATCH_S. It
+examines all of them, so that waiting for each call singly would cost quadratic time.
 """
 DELIVERY_S = 5.0
 """For fetching a result that is there when the time of its call is used up: what comes to the
 caller is small.
 """
+SETTINGS = {
+    "start_s": ("free_port", "configure", "connect_engines"),
+    "rollout_s": ("generate",),
+    "score_s": ("follow",),
+    "reward_s": ("rank", "samples"),
+    "learn_s": ("learn", "evaluate", "release", "acquire", "logprob_gaps", "shared_scores"),
+    "sync_s": (
+        *("hold", "pack_weights", "send_weights", "load_weights", "leave_channel"),
+        *("abort", "sleep", "wake_up"),
+    ),
+    "save_s": (
+        *("state_bytes", "save_state", "load_state", "keep_start", "begin_save", "saved_file"),
+        "export",
+    ),
+}
+"""Of deadlines: the calls whose deadline they are, where it depends on the call alone."""
 OBJECT_STORE = "the object store"
 """Named as the failed worker where no worker is at fault, so that none is replaced."""
 
@@ -290,10 +306,20 @@ def await_first(
 
 def _timeout(pending: Pending, deadline_s: float) -> WorkerTimeout:
     reason = (
-        f"no answer within {deadline_s:g} s; raise the matching deadlines.* if it only "
-        "needed longer"
+        f"no answer within {deadline_s:g} s; if it only needed longer, raise {_settings(pending)}"
     )
     return WorkerTimeout(pending.worker, pending.call, reason, pending.epoch)
+
+
+def _settings(pending: Pending) -> str:
+    """The setting, or the settings, that decide the deadline of a call."""
+    if pending.call == "score":
+        names = ["reward_s" if pending.worker.startswith("reward/") else "score_s"]
+    elif pending.call == "ping":  # of a worker that starts, or of an engine that serves
+        names = ["start_s", "heartbeat_s"]
+    else:
+        names = [name for name, calls in SETTINGS.items() if pending.call in calls]
+    return " or ".join(f"deadlines.{name}" for name in names) or "the deadline of such calls"
 
 
 def is_done(pending: Pending) -> bool:

@@ -78,7 +78,10 @@ class Fleet:
             FleetExhausted: it does not, and no other engine remains; or none can join.
         """
         if self.closed_by is not None:
-            raise FleetExhausted(f"{error}; with {self.closed_by} no other can join")
+            raise FleetExhausted(
+                f"{error}; with {self.closed_by} a lost engine is not replaced, because the "
+                "learner may hold its GPU"
+            )
         try:
             engine = self.group.replace(error)
         except FleetExhausted as exhausted:

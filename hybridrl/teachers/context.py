@@ -1,7 +1,7 @@
 """What a teacher reads in the place of the student's tokens: its own prompt and its own end token.
 
-A scorer converts each batch at its door, and its scores on the way out. Between the two everything
-is in the teacher's tokens.
+A scorer converts each batch to the teacher's tokens when it arrives, and the scores back before it
+returns them.
 """
 
 from dataclasses import dataclass, replace

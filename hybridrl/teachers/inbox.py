@@ -85,9 +85,8 @@ class TeacherInbox:
         return self._head_inputs(batch.scores, of_tokens)
 
     def idle(self) -> tuple[Teacher, ...]:
-        """One row of weight 0 of each, in the widths and dtypes of the run.
-
-        They are for a micro-batch of a rank that has no sequence left.
+        """Dummy teacher rows with weight 0, for a rank that must run a forward pass with the others
+        but has no data left; one row of each teacher.
         """
         scores = [
             TokenScores(

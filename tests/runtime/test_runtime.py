@@ -625,6 +625,26 @@ def test_a_deadline_counts_from_the_last_answer_because_one_worker_may_have_many
         assert results[-1] is failures[0], "calls of a failed worker that are under way fail too"
 
 
+@pytest.mark.parametrize(
+    ("worker", "call", "remedy"),
+    [
+        ("reward/0", "score", "raise deadlines.reward_s"),
+        ("scorer-main/0", "score", "raise deadlines.score_s"),
+        ("rollout/0", "generate", "raise deadlines.rollout_s"),
+        ("rollout/0", "ping", "raise deadlines.start_s or deadlines.heartbeat_s"),
+        ("learner/0", "learn", "raise deadlines.learn_s"),
+        ("learner/0", "another", "raise the deadline of such calls"),
+    ],
+)
+def test_a_call_without_an_answer_names_the_setting_of_its_deadline(
+    worker: str, call: str, remedy: str
+):
+    late = calls.Pending(ref="a", worker=worker, call=call, deadline_s=10.0)
+    answers = Answers(11.0, count=0)
+    _, [error] = calls.settle([late], store=answers, clock=answers.clock)
+    assert error.reason == f"no answer within 10 s; if it only needed longer, {remedy}"
+
+
 class SlowAnswers(Answers):
     """An object store whose results arrive as slowly as a wait allows; it counts the references
     that waits examine.
@@ -827,7 +847,8 @@ def test_an_engine_is_not_replaced_where_no_other_can_join():
     setting = closed_by(settings)
     fleet = Fleet(SimpleNamespace(size=2), settings.deadlines, setting, lambda engine: None)
     with pytest.raises(
-        FleetExhausted, match=r"lost; with cluster\.take_turns=true no other can join"
+        FleetExhausted,
+        match=r"lost; with cluster\.take_turns=true a lost engine is not replaced, because the",
     ):
         fleet.lose(WorkerDied("rollout/0", "sleep", "lost", 0))
 
