@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from hybridrl.objectives import make_objective
-from hybridrl.planning.memory import ScoredTeacher, ServedTeacher, Sizes
+from hybridrl.planning.sizes import ScoredTeacher, ServedTeacher, Sizes
 from hybridrl.planning.zero import WIDE
 from hybridrl.settings.choices import OnStale
 from hybridrl.settings.shares import chunk_size

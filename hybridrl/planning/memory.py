@@ -4,33 +4,23 @@ All responses are taken to be as long as they may be. The worker of the data's r
 out: it holds no model. Reward workers hold theirs in the memory of their node, unless reward.gpus.
 """
 
-import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from hybridrl.controller.engine_probe import PROMPTS, TOKENS
 from hybridrl.core.compiler import has_compiler
 from hybridrl.kernels.head import PIECE
 from hybridrl.models.decoder_layers import COMPILE_FROM, PLAIN_ATTENTION_TOKENS
-from hybridrl.objectives import make_objective
-from hybridrl.planning.model_shape import (
-    DTYPE_BYTES,
-    ModelShape,
-    engine_weights,
-    model_shape,
-    trained_numbers,
-)
+from hybridrl.planning.model_shape import DTYPE_BYTES, ModelShape, engine_weights, model_shape
 from hybridrl.planning.passes import Pass, pass_bytes
+from hybridrl.planning.sizes import ScoredTeacher, Sizes
 from hybridrl.planning.zero import WIDE, ZeroBytes, zero_bytes
 from hybridrl.rewards.reward_model import MAX_TOKENS
 from hybridrl.rollout.engine import CPU_KV_CACHE_BYTES, prefill_tokens
 from hybridrl.rollout.engine_scorer import DEFAULTS
 from hybridrl.settings.choices import Attention, Products, WeightTransfer
 from hybridrl.settings.models import ModelConfig
-from hybridrl.settings.run import RunSettings
-from hybridrl.settings.shares import chunk_size
-from hybridrl.teachers.evidence import Evidence, Hidden, Vocabulary
+from hybridrl.teachers.evidence import Hidden, Vocabulary
 
 SAMPLED = 3
 """float32 matrices of logits that vLLM's sampler has at once: logits, log-probs, probabilities."""
@@ -49,176 +39,6 @@ class Part(NamedTuple):
     phase: str
     part: str
     nbytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredTeacher:
-    """A teacher that scores, and what it sends."""
-
-    name: str
-    model: ModelConfig
-    shape: ModelShape
-    evidence: Evidence
-    shares_base: bool  # the learner scores, by its own weights
-
-    @property
-    def width(self) -> int:
-        """Bytes of a number in its dtype."""
-        return DTYPE_BYTES[self.model.dtype]
-
-    @property
-    def reads_logits(self) -> bool:
-        """Whether its scores need a pass over the vocabulary."""
-        return not isinstance(self.evidence, Hidden) or self.evidence.drawn
-
-    def row_bytes(self, vocabulary: int) -> int:
-        """Bytes of its rows about one response token, the ids of a support included."""
-        width = self.width if isinstance(self.evidence, Hidden) else WIDE
-        numbers = self.evidence.width(vocabulary, self.shape.hidden)
-        return numbers * width + self.evidence.support * 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedTeacher:
-    """A teacher that a server scores with: it holds nothing here."""
-
-    name: str
-    evidence: Evidence
-
-    def row_bytes(self, vocabulary: int) -> int:
-        """As of ScoredTeacher; its rows are log-probs in float32."""
-        return self.evidence.width(vocabulary, 0) * WIDE + self.evidence.support * 4
-
-
-class Sizes:
-    """The models of a run, and how many sequences of which length each worker has at once.
-
-    Args:
-        on_cpu: models run on CPUs.
-
-    Raises:
-        ConfigError: a model's config cannot be read.
-    """
-
-    def __init__(self, settings: RunSettings, *, on_cpu: bool) -> None:
-        self.settings = settings
-        self.on_cpu = on_cpu
-        self.student = model_shape(settings.model)
-        trained = trained_numbers(settings)
-        self.trained = trained.total  # numbers that train
-        self.largest_trained = trained.largest  # of one parameter
-        self.width = DTYPE_BYTES[settings.model.dtype]
-        self.tokens = settings.rollout.sequence_limit
-        self.response = settings.rollout.response_limit
-        self.needs = make_objective(settings).needs
-        kinds = dict(zip(settings.scored_teachers, self.needs.evidence, strict=True))
-        self.served = [
-            ServedTeacher(name=name, evidence=kind)
-            for name, kind in kinds.items()
-            if settings.teachers[name].url is not None
-        ]
-        self.teachers = [
-            ScoredTeacher(
-                name=name,
-                model=settings.teacher_model(name),
-                shape=model_shape(settings.teacher_model(name), settings.model_setting(name)),
-                evidence=kind,
-                shares_base=settings.teachers[name].share_base,
-            )
-            for name, kind in kinds.items()
-            if settings.teachers[name].model is None and settings.teachers[name].url is None
-        ]
-
-    @property
-    def takes_turns(self) -> bool:
-        """Whether engines and learner leave each other the GPUs that they share. On a CPU the same
-        calls move memory from one part of the node to another.
-        """
-        return self.settings.cluster.take_turns and not self.on_cpu
-
-    @property
-    def scoring(self) -> list[ScoredTeacher | ServedTeacher]:
-        """All teachers that score, here or on a server."""
-        return [*self.teachers, *self.served]
-
-    @property
-    def shared(self) -> list[ScoredTeacher]:
-        """The teachers that the learner scores for, by its own weights."""
-        return [teacher for teacher in self.teachers if teacher.shares_base]
-
-    @property
-    def sending(self) -> list[ScoredTeacher | ServedTeacher]:
-        """The teachers that have scorers, which send what they score."""
-        return [*(teacher for teacher in self.teachers if not teacher.shares_base), *self.served]
-
-    @property
-    def frozen(self) -> int:
-        """Numbers of the student that do not train: all of it, beside adapters."""
-        return 0 if self.settings.lora.rank is None else self.student.parameters
-
-    @property
-    def sent(self) -> int:
-        """Numbers that each engine receives in a step."""
-        alone = self.settings.lora.travels_alone
-        return self.trained if alone else self.student.parameters
-
-    @property
-    def trained_head(self) -> int:
-        """Numbers of the output embedding, if it trains; adapters leave it as it is."""
-        return self.student.head if self.settings.lora.rank is None else 0
-
-    @property
-    def group(self) -> int:
-        """Sequences of one prompt."""
-        algorithm = self.settings.algorithm
-        if algorithm.data_fraction == 1:
-            return algorithm.responses_per_prompt
-        return self.settings.train.samples_per_prompt
-
-    @property
-    def sequences(self) -> int:
-        """Sequences of one step."""
-        return self.settings.train.prompts_per_step * self.group
-
-    @property
-    def of_rank(self) -> int:
-        """Sequences of one learner rank and update: whole groups."""
-        prompts = self.settings.train.prompts_per_step // self.settings.train.updates_per_batch
-        return math.ceil(prompts / self.settings.learner.ranks) * self.group
-
-    @property
-    def of_micro_batch(self) -> int:
-        """Sequences of one forward pass of a learner rank."""
-        room = self.settings.train.max_tokens_per_micro_batch // self.tokens
-        return max(min(room, self.of_rank), 1)
-
-    @property
-    def micro_batches(self) -> int:
-        return math.ceil(self.of_rank / self.of_micro_batch)
-
-    def of_scoring(self, devices: int) -> int:
-        """Sequences of one forward pass of a scorer replica with so many devices, which is given
-        one chunk at a time.
-        """
-        room = self.settings.scorer.max_tokens_per_micro_batch * devices // self.tokens
-        return max(min(room, self.of_chunk), 1)
-
-    @property
-    def of_chunk(self) -> int:
-        """Sequences of one chunk, which a scorer or a reward worker is given at a time."""
-        settings = self.settings
-        groups = chunk_size(
-            settings.train.prompts_per_step,
-            settings.rollout.groups_per_chunk,
-            settings.rollout.engines,
-        )
-        return groups * self.group
-
-    @property
-    def of_decoding(self) -> int:
-        """Sequences that one engine decodes at once."""
-        rollout = self.settings.rollout
-        return min(rollout.max_num_seqs, math.ceil(self.sequences / rollout.engines))
 
 
 # -- the learner -----------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from hybridrl.planning.edges import Edge, checkpoint_bytes, disk_bytes, edges, s
 from hybridrl.planning.memory import (
     TURNS,
     Part,
-    Sizes,
     checkpoint_copy,
     engine_parts,
     learner_parts,
@@ -21,6 +20,7 @@ from hybridrl.planning.memory import (
     zero_of,
 )
 from hybridrl.planning.rates import H100, PhaseSeconds, Rates, cpu_rates, phase_seconds
+from hybridrl.planning.sizes import Sizes
 from hybridrl.runtime.workers import teams
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.run import RunSettings

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hybridrl.kernels.products import RATES, processor
 from hybridrl.planning.edges import weight_bytes
-from hybridrl.planning.memory import ScoredTeacher, Sizes
+from hybridrl.planning.sizes import ScoredTeacher, Sizes
 from hybridrl.teachers.evidence import Hidden
 
 

@@ -14,11 +14,12 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.planning.advice import advice_lines
 from hybridrl.planning.edges import checkpoint_bytes, rollout_bytes, score_bytes
 from hybridrl.planning.fit import check_fit, refuse
-from hybridrl.planning.memory import Sizes, transfer_buffers
+from hybridrl.planning.memory import transfer_buffers
 from hybridrl.planning.model_shape import shape_of
 from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.plan import GIB, Plan, aligned, make_plan, plan_lines
 from hybridrl.planning.rates import views
+from hybridrl.planning.sizes import Sizes
 from hybridrl.planning.zero import zero_bytes
 from hybridrl.settings.choices import Offload, WeightTransfer
 from hybridrl.settings.compose import load_config
