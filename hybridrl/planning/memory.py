@@ -12,7 +12,7 @@ from hybridrl.core.compiler import has_compiler
 from hybridrl.kernels.head import PIECE
 from hybridrl.models.decoder_layers import COMPILE_FROM, PLAIN_ATTENTION_TOKENS
 from hybridrl.planning.model_shape import DTYPE_BYTES, ModelShape, engine_weights, model_shape
-from hybridrl.planning.passes import Pass, pass_bytes
+from hybridrl.planning.passes import Pass, PassBytes, pass_bytes
 from hybridrl.planning.sizes import ScoredTeacher, Sizes
 from hybridrl.planning.zero import WIDE, ZeroBytes, zero_bytes
 from hybridrl.rewards.reward_model import MAX_TOKENS
@@ -27,6 +27,10 @@ SAMPLED = 3
 
 ROW_MATRICES = 6
 """float32 matrices that kernels.rows has at once where neither Triton nor a compiler runs it."""
+
+COMPARED_MATRICES = 8
+"""float32 matrices that ops.compare has at once, with its two of log-probs and the logits of the
+student."""
 
 TRANSFER_BUFFER = 2**30
 """Bytes of a buffer through which vLLM hands weights to another GPU; its own default."""
@@ -87,10 +91,10 @@ def learner_pass(sizes: Sizes) -> Pass:
 def learner_parts(sizes: Sizes) -> Iterator[Part]:
     """The memory of one learner rank.
 
-    Phases: `score`, with a teacher that has its weights; `head`, when the activations wait and the
-    vocabulary is worked on; `backward`; `reduce`, when gradients are summed over ranks; `step`,
-    Adam's; `sync`, when weights leave. A learner that takes turns also has `probe`, when it looks
-    at what the engines sampled, beside them.
+    Phases: `score`, with a teacher that has its weights; `diagnose`, by diagnostics.every; `head`,
+    when the activations wait and the vocabulary is worked on; `backward`; `reduce`, when gradients
+    are summed over ranks; `step`, Adam's; `sync`, when weights leave. A learner that takes turns
+    also has `probe`, when it looks at what the engines sampled, beside them.
     """
     settings = sizes.settings
     zero = zero_of(sizes)
@@ -108,9 +112,12 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
     saved = checkpoint_copy(sizes) if sizes.on_cpu else 0
     earlier = zero.gradients if sizes.micro_batches > 1 or settings.learner.zero_stage == 3 else 0
     phases: dict[str, dict[str, int]] = {}
+    kept = zero.gradients if settings.learner.zero_stage == 3 else 0
     if sizes.shared:
-        kept = zero.gradients if settings.learner.zero_stage == 3 else 0
         phases["score"] = {"gradients": kept, **base_bytes(sizes, gathered)}
+    if settings.diagnostics.every:
+        looked = {"gradients": kept, **diagnosis_bytes(sizes, body, rows)}
+        phases["diagnose"] = looked | {"buffers": gathered}
     phases |= {
         "head": {
             "gradients": earlier,
@@ -143,6 +150,36 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
         }
         for part, nbytes in (always | parts).items():
             yield Part("learner", phase, part, nbytes)
+
+
+def diagnosis_bytes(sizes: Sizes, body: PassBytes, rows: int) -> dict[str, int]:
+    """What diagnostics.every takes in the largest of its moments, by part: as student and teacher
+    are compared; and where weights are whole (ZeRO 1 and 2) in a forward and in a backward pass,
+    beside the sums of both terms' gradients in float32.
+
+    Example: Qwen2.5-7B in bfloat16: 4 P + 4 P + 2 P = 70.9 GiB of gradients on every rank.
+
+    Args:
+        body: of one micro-batch.
+        rows: its response tokens.
+    """
+    student = sizes.student
+    chunk = min(sizes.settings.train.head_chunk, rows)
+    whole = any(t.evidence.needs_head or t.evidence.covers_vocabulary for t in sizes.scoring)
+    compared = COMPARED_MATRICES * chunk * student.vocabulary * WIDE if whole else 0
+    moments = [{"activations": body.forward, "head pass": compared}]
+    if sizes.settings.learner.zero_stage != 3:
+        sums = 2 * WIDE * sizes.trained
+        new = sizes.width * sizes.trained
+        states = rows * student.hidden * sizes.width
+        moments += [
+            {"gradients": sums, "activations": body.kept, "head pass": head_bytes(sizes, rows)},
+            {"gradients": sums + new, "activations": body.peak, "head pass": states},
+        ]
+    waiting = 0 if sizes.on_cpu else sizes.of_rank * sizes.response - rows
+    scores = sum(waiting * t.row_bytes(student.vocabulary) for t in sizes.scoring)
+    largest = max(moments, key=lambda parts: sum(parts.values()))
+    return largest | {"scores of other micro-batches": scores}
 
 
 def checkpoint_copy(sizes: Sizes) -> int:
@@ -402,7 +439,7 @@ def kv_cache(chosen: int | None, room: int, *, on_cpu: bool) -> int:
 TURNS = (
     ("sample", "probe", "score"),
     ("sync", "score"),
-    ("head", "backward", "reduce", "step", "score"),
+    ("diagnose", "head", "backward", "reduce", "step", "score"),
 )
 """The phases of all workers in each turn. A scorer keeps what it has used in every one."""
 

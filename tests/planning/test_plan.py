@@ -8,13 +8,16 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import GPT2Config
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.ops.compare import compare
 from hybridrl.planning.advice import advice_lines
 from hybridrl.planning.edges import checkpoint_bytes, rollout_bytes, score_bytes
 from hybridrl.planning.fit import check_fit, refuse
-from hybridrl.planning.memory import transfer_buffers
+from hybridrl.planning.live_internals import LiveBytes, without_memory
+from hybridrl.planning.memory import COMPARED_MATRICES, transfer_buffers
 from hybridrl.planning.model_shape import shape_of
 from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.plan import GIB, Plan, aligned, make_plan, plan_lines
@@ -198,6 +201,39 @@ def test_adapters_keep_their_inputs_and_no_more_than_the_layers_without_them_did
     low = 4096 * 16 * 2 * 7 * 28  # A x of each layer
     assert many - few == low
     assert 0.9 * whole < few < 1.02 * whole
+
+
+def test_diagnostics_have_the_gradients_of_both_terms_whole_on_every_rank():
+    """Two sums in float32 and what a backward pass returns in bfloat16: 4 P + 4 P + 2 P."""
+    eight = ["learner.ranks=8", "learner.zero_stage=2"]
+    check_fit(planned("qwen7b_from_32b_8gpu", overrides=eight))
+    diagnosed = planned("qwen7b_from_32b_8gpu", overrides=[*eight, "diagnostics.every=10"])
+    gradients = {p.phase: p.nbytes for p in diagnosed.of_worker("learner") if p.part == "gradients"}
+    assert gradients["diagnose"] == 10 * P7
+    with pytest.raises(
+        ConfigError, match=r"^model\.path=.*learner does not fit GPU .*gradients 70"
+    ):
+        check_fit(diagnosed)
+
+
+def test_diagnostics_compare_student_and_teacher_beside_sharded_weights_too():
+    """Eight matrices of 1024 x 152064, and of 128 sequences of a rank with 1024 response tokens the
+    teacher's hidden states of 5120 numbers, but for the 8 x 1024 of this micro-batch.
+    """
+    plan = planned("qwen7b_from_32b_8gpu", overrides=["diagnostics.every=10"])
+    parts = {p.part: p.nbytes for p in plan.of_worker("learner") if p.phase == "diagnose"}
+    assert parts["head pass"] == 8 * 1024 * 152064 * 4
+    assert parts["scores of other micro-batches"] == (128 - 8) * 1024 * 5120 * 2
+    assert parts["gradients"] == 4 * P7 // 4  # of the batch before, divided among four ranks
+    assert not [p for p in planned("qwen7b_from_32b_8gpu").parts if p.phase == "diagnose"]
+
+
+def test_a_comparison_has_as_many_matrices_at_once_as_are_planned():
+    with without_memory():
+        logits = torch.ones(64, 4096)
+        with LiveBytes([logits]) as live:
+            compare(logits.log_softmax(-1), logits.log_softmax(-1))
+    assert 1 + live.peak / (64 * 4096 * 4) == pytest.approx(COMPARED_MATRICES, abs=0.01)
 
 
 def test_communication_beside_the_backward_pass_needs_a_second_bucket_in_stage_2():
