@@ -69,18 +69,18 @@ def learner_pass(sizes: Sizes) -> Pass:
     """The forward and backward pass of one micro-batch."""
     settings = sizes.settings
     packs = settings.train.packing
-    rows = sizes.of_micro_batch
-    tokens = sizes.tokens * rows if packs else sizes.tokens
+    load = sizes.of_micro_batch
+    tokens = load.sequences * load.length if packs else load.length
     narrow = settings.model.dtype == "bfloat16"
     return Pass(
-        sequences=1 if packs else rows,
+        sequences=1 if packs else load.sequences,
         tokens=tokens,
         learns=True,
         recomputes=bool(settings.learner.gradient_checkpointing),
         plain_attention=(
             sizes.on_cpu
             and narrow
-            and tokens <= PLAIN_ATTENTION_TOKENS
+            and (tokens if packs else sizes.tokens) <= PLAIN_ATTENTION_TOKENS
             and settings.model.attention is Attention.auto
         ),
         rank=settings.lora.rank,
@@ -99,7 +99,7 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
     settings = sizes.settings
     zero = zero_of(sizes)
     body = pass_bytes(settings.model, "model.path", learner_pass(sizes))
-    rows = sizes.of_micro_batch * sizes.response
+    rows = sizes.of_micro_batch.rows
     heads = sum(
         sizes.student.vocabulary * t.shape.hidden * t.width
         for t in sizes.teachers
@@ -199,19 +199,17 @@ def base_bytes(sizes: Sizes, gathered: int) -> dict[str, int]:
         gathered: bytes of the weights that are whole during the pass.
     """
     settings = sizes.settings
-    room = settings.scorer.max_tokens_per_micro_batch // sizes.tokens
-    sequences = max(min(room, sizes.of_rank), 1)
+    load = sizes.load(settings.scorer.max_tokens_per_micro_batch, sizes.of_rank)
     work = Pass(
-        sequences,
-        sizes.tokens,
+        load.sequences,
+        load.length,
         learns=False,
         plain_attention=learner_pass(sizes).plain_attention,
     )
-    rows = sequences * sizes.response
     return {
         "activations": pass_bytes(settings.model, "model.path", work).forward,
-        "head pass": max(reading_bytes(sizes, t, rows) for t in sizes.shared),
-        "buffers": gathered + rows * sizes.student.hidden * sizes.width,
+        "head pass": max(reading_bytes(sizes, t, load.rows) for t in sizes.shared),
+        "buffers": gathered + load.rows * sizes.student.hidden * sizes.width,
     }
 
 
@@ -220,9 +218,10 @@ def probe_bytes(sizes: Sizes) -> dict[str, int]:
     phases of an update hold more.
     """
     settings = sizes.settings
-    at_once = max(min(settings.train.max_tokens_per_micro_batch // sizes.tokens, PROMPTS), 1)
-    body = pass_bytes(settings.model, "model.path", Pass(at_once, sizes.tokens, learns=False))
-    logits = 2 * at_once * TOKENS * sizes.student.vocabulary * WIDE
+    load = sizes.load(settings.train.max_tokens_per_micro_batch, PROMPTS)
+    work = Pass(load.sequences, load.length, learns=False)
+    body = pass_bytes(settings.model, "model.path", work)
+    logits = 2 * PROMPTS * TOKENS * sizes.student.vocabulary * WIDE
     return {"activations": body.forward, "head pass": logits}
 
 
@@ -282,7 +281,7 @@ def scorer_parts(sizes: Sizes, teacher: ScoredTeacher) -> Iterator[Part]:
     """The memory of one replica of a teacher, or of one rank of a replica with several devices."""
     settings = sizes.settings
     devices = settings.teachers[teacher.name].devices
-    sequences = sizes.of_scoring(devices)
+    load = sizes.of_scoring(devices)
     narrow = teacher.model.dtype == "bfloat16"
     plain = (
         sizes.on_cpu
@@ -292,17 +291,16 @@ def scorer_parts(sizes: Sizes, teacher: ScoredTeacher) -> Iterator[Part]:
         and has_compiler()
         and teacher.model.attention is Attention.auto
     )
-    share = -(-sequences // devices)
-    work = Pass(share, sizes.tokens, learns=False, plain_attention=plain and devices == 1)
+    share = -(-load.sequences // devices)
+    work = Pass(share, load.length, learns=False, plain_attention=plain and devices == 1)
     body = pass_bytes(teacher.model, settings.model_setting(teacher.name), work)
-    rows = sequences * sizes.response
     worker = f"scorer-{teacher.name}"
     yield Part(worker, "score", "weights", -(-teacher.shape.parameters // devices) * teacher.width)
     yield Part(worker, "score", "activations", body.forward)
-    yield Part(worker, "score", "head pass", reading_bytes(sizes, teacher, rows))
-    buffers = rows * teacher.shape.hidden * teacher.width
+    yield Part(worker, "score", "head pass", reading_bytes(sizes, teacher, load.rows))
+    buffers = load.rows * teacher.shape.hidden * teacher.width
     if devices > 1:
-        states = sequences * sizes.tokens * teacher.shape.hidden * teacher.width
+        states = load.sequences * load.length * teacher.shape.hidden * teacher.width
         buffers += states + gathered_numbers(teacher.shape) * teacher.width
     yield Part(worker, "score", "buffers", buffers)
 
@@ -414,8 +412,8 @@ def reward_parts(sizes: Sizes) -> Iterator[Part]:
         setting = f"reward.functions.{name}.options.path"
         dtype = settings.reward.functions[name].options.get("dtype", "float32")
         model = ModelConfig(path=path, dtype=dtype)
-        rows = max(min(MAX_TOKENS // sizes.tokens, sizes.of_chunk), 1)
-        work = Pass(rows, sizes.tokens, learns=False)
+        load = sizes.load(MAX_TOKENS, sizes.of_chunk)
+        work = Pass(load.sequences, load.length, learns=False)
         shape = model_shape(model, setting)
         of_body = shape.parameters - (0 if shape.tied else shape.head)
         weights += of_body * DTYPE_BYTES[dtype]

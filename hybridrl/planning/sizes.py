@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hybridrl.objectives import make_objective
 from hybridrl.planning.model_shape import DTYPE_BYTES, ModelShape, model_shape, trained_numbers
@@ -49,6 +50,14 @@ class ServedTeacher:
     def row_bytes(self, vocabulary: int) -> int:
         """As of ScoredTeacher; its rows are log-probs in float32."""
         return self.evidence.width(vocabulary, 0) * WIDE + self.evidence.support * 4
+
+
+class Load(NamedTuple):
+    """What one forward pass has at once."""
+
+    sequences: int
+    length: int  # tokens of each
+    rows: int  # response tokens of all
 
 
 class Sizes:
@@ -148,21 +157,33 @@ class Sizes:
         return math.ceil(prompts / self.settings.learner.ranks) * self.group
 
     @property
-    def of_micro_batch(self) -> int:
-        """Sequences of one forward pass of a learner rank."""
-        room = self.settings.train.max_tokens_per_micro_batch // self.tokens
-        return max(min(room, self.of_rank), 1)
+    def of_micro_batch(self) -> Load:
+        """What one forward pass of a learner rank has."""
+        return self.load(self.settings.train.max_tokens_per_micro_batch, self.of_rank)
 
     @property
     def micro_batches(self) -> int:
-        return math.ceil(self.of_rank / self.of_micro_batch)
+        """Forward passes of a learner rank and update, of the longest sequences."""
+        budget = self.settings.train.max_tokens_per_micro_batch
+        return math.ceil(self.of_rank / max(budget // self.tokens, 1))
 
-    def of_scoring(self, devices: int) -> int:
-        """Sequences of one forward pass of a scorer replica with so many devices, which is given
-        one chunk at a time.
+    def of_scoring(self, devices: int) -> Load:
+        """What one forward pass of a scorer replica with so many devices has. It is given one chunk
+        at a time.
         """
-        room = self.settings.scorer.max_tokens_per_micro_batch * devices // self.tokens
-        return max(min(room, self.of_chunk), 1)
+        budget = self.settings.scorer.max_tokens_per_micro_batch * devices
+        return self.load(budget, self.of_chunk)
+
+    def load(self, budget: int, sequences: int) -> Load:
+        """The most that one forward pass over some of `sequences` sequences has. Shorter ones fill
+        its budget where the longest leave room in it, and their prompts may be short.
+
+        Example: a budget of 16384 tokens and sequences of at most 9216 with responses of 8192: two
+        of 8192, up to 16384 of them in responses.
+        """
+        tokens = min(max(budget, self.tokens), sequences * self.tokens)
+        count = math.ceil(tokens / self.tokens)
+        return Load(count, math.ceil(tokens / count), min(tokens, sequences * self.response))
 
     @property
     def of_chunk(self) -> int:
