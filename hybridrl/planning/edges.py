@@ -1,13 +1,11 @@
 """The bytes of one step between workers, in the object store and on disk."""
 
-import math
 from typing import NamedTuple
 
 from hybridrl.objectives import make_objective
 from hybridrl.planning.sizes import ScoredTeacher, ServedTeacher, Sizes
 from hybridrl.planning.zero import WIDE
 from hybridrl.settings.choices import OnStale
-from hybridrl.settings.shares import chunk_size
 
 TOKEN_COLUMNS = 4 + 1 + 4 + 4
 """Bytes a token of a RolloutBatch: id, mask, the sampler's log-prob, weight version."""
@@ -31,14 +29,10 @@ class Edge(NamedTuple):
 
 def rollout_bytes(sizes: Sizes) -> int:
     """All responses of a step, as types.per_token_bytes counts them."""
-    settings = sizes.settings
-    prompts = settings.train.prompts_per_step
-    groups = settings.rollout.groups_per_chunk
-    chunks = math.ceil(prompts / chunk_size(prompts, groups, settings.rollout.engines))
-    support = make_objective(settings).needs.sampler_support
+    support = make_objective(sizes.settings).needs.sampler_support
     tokens = sizes.sequences * sizes.tokens
     responses = sizes.sequences * sizes.response
-    return tokens * TOKEN_COLUMNS + responses * support * 4 + (sizes.sequences + chunks) * 8
+    return tokens * TOKEN_COLUMNS + responses * support * 4 + (sizes.sequences + sizes.chunks) * 8
 
 
 def score_bytes(sizes: Sizes, teacher: ScoredTeacher | ServedTeacher) -> int:

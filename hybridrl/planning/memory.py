@@ -346,7 +346,7 @@ def engine_parts(
     width = DTYPE_BYTES[model.dtype]
     devices = rollout.tensor_parallel
     repeated = shape.head if shape.tied and sizes.on_cpu else 0  # vLLM's CPU engine packs a copy
-    prompts = sizes.of_decoding * max(sizes.tokens - sizes.response, 1)
+    prompts = sizes.of_decoding * max(sizes.tokens - rollout.response_limit, 1)
     most = prefill_tokens(rollout, on_cpu=sizes.on_cpu)
     prefill = Pass(max(min(most, prompts) // sizes.tokens, 1), sizes.tokens, learns=False)
     parts = {

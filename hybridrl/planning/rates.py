@@ -136,13 +136,14 @@ def rollout_seconds(sizes: Sizes, rates: Rates) -> float:
     if sizes.settings.algorithm.data_fraction == 1:
         return 0.0
     devices = rollout.tensor_parallel
+    response = rollout.response_limit
     shape = sizes.student
     at_once = sizes.of_decoding
     waves = math.ceil(math.ceil(sizes.sequences / rollout.engines) / at_once)
-    cache = at_once * shape.kv_numbers * (sizes.tokens - sizes.response / 2) * sizes.width
+    cache = at_once * shape.kv_numbers * (sizes.tokens - response / 2) * sizes.width
     weights = (shape.multiplied + shape.head) * sizes.width
     flop = 2 * (shape.multiplied + shape.head) * at_once
     decode = max((weights + cache) / rates.memory, flop / rates.flops) / devices
-    prompts = at_once * (sizes.tokens - sizes.response)
+    prompts = at_once * (sizes.tokens - response)
     prefill = 2 * shape.multiplied * prompts / rates.flops / devices
-    return waves * (prefill + sizes.response * decode)
+    return waves * (prefill + response * decode)

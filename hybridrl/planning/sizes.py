@@ -79,7 +79,9 @@ class Sizes:
         self.largest_trained = trained.largest  # of one parameter
         self.width = DTYPE_BYTES[settings.model.dtype]
         self.tokens = settings.rollout.sequence_limit
-        self.response = settings.rollout.response_limit
+        # Of the data's own responses only the length with their prompt is limited.
+        from_data = settings.algorithm.data_fraction > 0
+        self.response = self.tokens - 1 if from_data else settings.rollout.response_limit
         self.needs = make_objective(settings).needs
         kinds = dict(zip(settings.scored_teachers, self.needs.evidence, strict=True))
         self.served = [
@@ -146,6 +148,13 @@ class Sizes:
         return self.settings.train.samples_per_prompt
 
     @property
+    def by_data(self) -> int:
+        """Prompts of one step whose responses are the data's own, at most."""
+        return math.ceil(
+            self.settings.algorithm.data_fraction * self.settings.train.prompts_per_step
+        )
+
+    @property
     def sequences(self) -> int:
         """Sequences of one step."""
         return self.settings.train.prompts_per_step * self.group
@@ -186,15 +195,26 @@ class Sizes:
         return Load(count, math.ceil(tokens / count), min(tokens, sequences * self.response))
 
     @property
+    def groups_per_chunk(self) -> int:
+        """Prompts of one chunk of an engine."""
+        rollout = self.settings.rollout
+        prompts = self.settings.train.prompts_per_step
+        return chunk_size(prompts, rollout.groups_per_chunk, rollout.engines)
+
+    @property
     def of_chunk(self) -> int:
-        """Sequences of one chunk, which a scorer or a reward worker is given at a time."""
-        settings = self.settings
-        groups = chunk_size(
-            settings.train.prompts_per_step,
-            settings.rollout.groups_per_chunk,
-            settings.rollout.engines,
-        )
-        return groups * self.group
+        """Sequences of one chunk, which a scorer or a reward worker is given at a time. The data's
+        own responses of a step are a single one.
+        """
+        algorithm = self.settings.algorithm
+        sampled = self.groups_per_chunk * self.group if algorithm.data_fraction < 1 else 0
+        return max(sampled, self.by_data * algorithm.responses_per_prompt)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of one step."""
+        sampled = self.settings.train.prompts_per_step - self.by_data
+        return math.ceil(sampled / self.groups_per_chunk) + (self.by_data > 0)
 
     @property
     def of_decoding(self) -> int:

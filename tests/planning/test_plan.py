@@ -7,12 +7,10 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config
 
-from hybridrl.batch.balance import micro_batches
 from hybridrl.core.errors import ConfigError
 from hybridrl.ops.compare import compare
 from hybridrl.planning.advice import advice_lines
@@ -525,41 +523,6 @@ def test_the_object_store_holds_all_waves_that_a_step_may_draw():
     assert thrice.store_bytes - once.store_bytes == 2 * responses_of(once)
 
 
-@pytest.mark.parametrize(
-    ("limits", "load"),
-    [
-        ((9216, 8192), (2, 8192, 16384)),
-        ((4608, 4096), (4, 4096, 16384)),
-        ((2048, 1024), (8, 2048, 16384)),
-        ((16400, 15000), (1, 16400, 16400)),  # a sequence beyond the budget is alone
-    ],
-)
-def test_sequences_shorter_than_the_limit_fill_the_budget_of_a_micro_batch(limits, load):
-    """As micro_batches puts together 384 sequences of any lengths with a budget of 16384 tokens."""
-    limit, response = limits
-    lengths = [f"rollout.max_model_len={limit}", f"rollout.max_new_tokens={response}"]
-    sizes = quickstart(*lengths, "train.max_tokens_per_micro_batch=16384").sizes
-    assert sizes.of_micro_batch == load
-    rng = np.random.default_rng(0)
-    fullest = 0
-    for _ in range(100):
-        tokens = rng.integers(2, limit + 1, 384).tolist()
-        for batch in micro_batches(tokens, 16384):
-            longest = max(tokens[i] for i in batch)
-            assert longest * len(batch) <= load[0] * load[1]
-            assert sum(min(tokens[i] - 1, response) for i in batch) <= load[2]
-            fullest = max(fullest, longest * len(batch))
-    assert fullest > 0.99 * load[0] * load[1]
-
-
-def test_a_rank_with_few_sequences_has_no_more_than_these():
-    """Two groups of 4 responses, of 48 tokens each with 16 of the response."""
-    sizes = quickstart("train.prompts_per_step=2").sizes
-    assert (sizes.of_micro_batch, sizes.micro_batches) == ((8, 48, 8 * 16), 1)
-    apart = quickstart("train.prompts_per_step=2", "train.max_tokens_per_micro_batch=100").sizes
-    assert (apart.of_micro_batch, apart.micro_batches) == ((3, 34, 100), 4)  # two of 48 at a time
-
-
 def test_a_table_has_a_total_for_each_phase():
     text = "\n".join(plan_lines(quickstart()))
     assert "one learner, MiB" in text
@@ -586,15 +549,3 @@ def test_a_plan_needs_the_lengths():
 def test_the_learners_own_passes_before_its_updates_are_counted(overrides, passes):
     """grpo has costs of drawn tokens, which are computed anew before each update, and dapo none."""
     assert views(quickstart(*overrides).sizes) == passes
-
-
-def test_several_updates_of_a_batch_need_the_memory_of_one_and_the_time_of_every_epoch():
-    """96 prompts of 4 responses: at once 384 sequences, and of 4 mini-batches 96 each."""
-    one = quickstart("train.max_tokens_per_micro_batch=65536")
-    several = quickstart("train.max_tokens_per_micro_batch=65536", "train.updates_per_batch=4")
-    loads = [plan.sizes.of_micro_batch for plan in (one, several)]
-    assert loads == [(384, 48, 384 * 16), (96, 48, 96 * 16)]
-    assert several.peak("learner") < one.peak("learner")
-    assert several.seconds.learn == pytest.approx(one.seconds.learn)
-    twice = quickstart("train.epochs_per_batch=2")
-    assert twice.seconds.learn == pytest.approx(2 * one.seconds.learn)

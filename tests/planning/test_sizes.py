@@ -1,0 +1,75 @@
+"""How many sequences of which length a worker of the quickstart has at once: 96 prompts of 4
+responses, with 48 tokens each and 16 of the response.
+"""
+
+import numpy as np
+import pytest
+
+from hybridrl.batch.balance import micro_batches
+from tests.planning.test_plan import quickstart, responses_of
+
+
+@pytest.mark.parametrize(
+    ("limits", "load"),
+    [
+        ((9216, 8192), (2, 8192, 16384)),
+        ((4608, 4096), (4, 4096, 16384)),
+        ((2048, 1024), (8, 2048, 16384)),
+        ((16400, 15000), (1, 16400, 16400)),  # a sequence beyond the budget is alone
+    ],
+)
+def test_sequences_shorter_than_the_limit_fill_the_budget_of_a_micro_batch(limits, load):
+    """As micro_batches puts together 384 sequences of any lengths with a budget of 16384 tokens."""
+    limit, response = limits
+    lengths = [f"rollout.max_model_len={limit}", f"rollout.max_new_tokens={response}"]
+    sizes = quickstart(*lengths, "train.max_tokens_per_micro_batch=16384").sizes
+    assert sizes.of_micro_batch == load
+    rng = np.random.default_rng(0)
+    fullest = 0
+    for _ in range(100):
+        tokens = rng.integers(2, limit + 1, 384).tolist()
+        for batch in micro_batches(tokens, 16384):
+            longest = max(tokens[i] for i in batch)
+            assert longest * len(batch) <= load[0] * load[1]
+            assert sum(min(tokens[i] - 1, response) for i in batch) <= load[2]
+            fullest = max(fullest, longest * len(batch))
+    assert fullest > 0.99 * load[0] * load[1]
+
+
+def test_a_rank_with_few_sequences_has_no_more_than_these():
+    """Two groups of 4 responses, of 48 tokens each with 16 of the response."""
+    sizes = quickstart("train.prompts_per_step=2").sizes
+    assert (sizes.of_micro_batch, sizes.micro_batches) == ((8, 48, 8 * 16), 1)
+    apart = quickstart("train.prompts_per_step=2", "train.max_tokens_per_micro_batch=100").sizes
+    assert (apart.of_micro_batch, apart.micro_batches) == ((3, 34, 100), 4)  # two of 48 at a time
+
+
+def test_several_updates_of_a_batch_need_the_memory_of_one_and_the_time_of_every_epoch():
+    """96 prompts of 4 responses: at once 384 sequences, and of 4 mini-batches 96 each."""
+    one = quickstart("train.max_tokens_per_micro_batch=65536")
+    several = quickstart("train.max_tokens_per_micro_batch=65536", "train.updates_per_batch=4")
+    loads = [plan.sizes.of_micro_batch for plan in (one, several)]
+    assert loads == [(384, 48, 384 * 16), (96, 48, 96 * 16)]
+    assert several.peak("learner") < one.peak("learner")
+    assert several.seconds.learn == pytest.approx(one.seconds.learn)
+    twice = quickstart("train.epochs_per_batch=2")
+    assert twice.seconds.learn == pytest.approx(2 * one.seconds.learn)
+
+
+def test_responses_of_the_data_are_one_chunk_and_limited_by_the_length_with_their_prompt_alone():
+    """96 pairs of 48 tokens, of which 47 may be the response; the student's own have 16."""
+    pairs = ["algorithm=dpo", "+data.options.responses=pair", "rollout.groups_per_chunk=2"]
+    data = quickstart(*pairs)
+    assert (data.sizes.of_chunk, data.sizes.response) == (96 * 2, 47)
+    assert responses_of(data) == 192 * 48 * 13 + (192 + 1) * 8
+    assert data.sizes.of_scoring(1) == (192, 48, 192 * 47)
+    scorer = "scorer.max_tokens_per_micro_batch=1024"
+    assert quickstart(*pairs, scorer).sizes.of_scoring(1) == (22, 47, 1024)
+    own = quickstart("rollout.groups_per_chunk=2").sizes
+    assert (own.of_chunk, own.response, own.chunks) == (2 * 4, 16, 48)
+    mixed = quickstart("algorithm=gkd", "rollout.groups_per_chunk=2").sizes
+    assert 0 < mixed.by_data < 96 and mixed.response == 47
+    assert mixed.chunks == -(-(96 - mixed.by_data) // 2) + 1
+    # Engines sample no longer responses for all that, and their prompts are no shorter.
+    sampled = quickstart("algorithm=dpo", "algorithm.data_fraction=0", "train.samples_per_prompt=2")
+    assert data.of_worker("rollout") == sampled.of_worker("rollout")
