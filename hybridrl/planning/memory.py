@@ -113,6 +113,8 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
     earlier = zero.gradients if sizes.micro_batches > 1 or settings.learner.zero_stage == 3 else 0
     phases: dict[str, dict[str, int]] = {}
     kept = zero.gradients if settings.learner.zero_stage == 3 else 0
+    # Stages 2 and 3 sum each bucket of gradients as it fills, beside the activations.
+    early = settings.learner.zero_stage != 1
     if sizes.shared:
         phases["score"] = {"gradients": kept, **base_bytes(sizes, gathered)}
     if settings.diagnostics.every:
@@ -126,10 +128,10 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
             "buffers": gathered,
         },
         "backward": {
-            "gradients": earlier,
+            "gradients": zero.gradients if early else earlier,
             "activations": body.peak,
             "head pass": (sizes.trained_head + rows * sizes.student.hidden) * sizes.width,
-            "buffers": gathered,
+            "buffers": gathered + (zero.reducing if early else 0),
         },
         "reduce": {"gradients": zero.gradients, "buffers": zero.reducing + zero.always},
         "step": {"buffers": zero.stepping + zero.always},

@@ -33,7 +33,8 @@ class ZeroBytes:
     optimizer: int  # master weights and both moments of Adam, float32
     always: int  # in every phase: the bucket of stage 3
     gathered: int  # whole weights during a forward and backward pass of stage 3
-    reducing: int  # besides these, while gradients are summed over ranks
+    reducing: int  # besides these, while gradients are summed over ranks; from stage 2 on that
+    # goes on during the backward pass
     stepping: int  # besides weights and optimizer, while Adam steps: the gradients' copies
     host: int = 0  # in host memory, in every phase
 
@@ -157,7 +158,9 @@ def on_device(
     """What one rank holds without offloading.
 
     Stage 1 adds the gradients of micro-batches in the model's dtype, 2 and 3 in float32. There are
-    master weights in float32 too, in every stage.
+    master weights in float32 too, in every stage. Stage 2 fills a bucket in the model's dtype, puts
+    the parts of each rank side by side once more and widens these; what it has summed of its share
+    it adds up in place, or in float32, where nothing is widened, beside the sum so far.
 
     Example: Qwen2.5-7B in bfloat16, stage 1, 8 ranks: 2 P + 2 P + 12 P / 8 = 39.0 GiB.
 
@@ -184,14 +187,15 @@ def on_device(
             stepping=kept + flat,
         )
     if stage == 2:
-        again = WIDE * share if micro_batches > 1 else 0  # of the last micro-batch, widened
+        narrow = width < WIDE
+        again = WIDE * share if micro_batches > 1 and not narrow else 0
         return ZeroBytes(
             weights=width * parameters,
             gradients=WIDE * share,
             optimizer=3 * WIDE * share,
             always=0,
             gathered=0,
-            reducing=summed + width * share + again,
+            reducing=2 * width * bucket + (summed if narrow else 0) + again,
             stepping=2 * WIDE * share,
         )
     copies = WIDE * min(share, LIVE)

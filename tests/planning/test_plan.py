@@ -245,6 +245,30 @@ def test_communication_beside_the_backward_pass_needs_a_second_bucket_in_stage_2
         assert two.reducing - one.reducing == more
 
 
+@pytest.mark.parametrize(
+    ("width", "micro_batches", "times"),
+    # Of DeepSpeed 0.19.8 on one rank, 12.0 P were measured in bfloat16: the share's sum in float32,
+    # the bucket, its parts side by side and these widened. In float32 a further sum takes their
+    # place, from the second micro-batch on.
+    [(2, 1, 4 + 2 + 2 + 4), (2, 2, 12), (4, 1, 4 + 4 + 4), (4, 2, 16)],
+)
+def test_stage_2_sums_a_bucket_beside_the_sum_so_far(width, micro_batches, times):
+    zero = zero_bytes(1000, width=width, ranks=1, stage=2, micro_batches=micro_batches)
+    assert zero.gradients + zero.reducing == times * 1000
+
+
+def test_buckets_of_gradients_are_summed_beside_the_activations_from_stage_2_on():
+    """Of 500 M numbers: two buckets, their parts and these widened; in stage 3 the parts alone."""
+    buckets = {2: (2 + 2 + 2 + 4) * 500_000_000, 3: (4 + 4) * 500_000_000 + 2 * 10**9, 1: 0}
+    for stage, buffers in buckets.items():
+        asked = ["learner.ranks=8", f"learner.zero_stage={stage}"]
+        plan = planned("qwen7b_from_32b_8gpu", overrides=asked)
+        parts = {p.part: p.nbytes for p in plan.of_worker("learner") if p.phase == "backward"}
+        assert parts["buffers"] == buffers
+        assert parts["gradients"] == (2 * P7 if stage == 1 else 4 * P7 / 8)
+        assert parts["activations"] > 0
+
+
 def test_offloading_is_a_remedy_on_gpus_alone():
     plan = planned("qwen7b_from_32b_8gpu")
     alone = replace(plan.settings, learner=replace(plan.settings.learner, ranks=1))
