@@ -263,7 +263,8 @@ def head_bytes(sizes: Sizes, rows: int) -> int:
         total += at_once * student.vocabulary * logits
     hidden = [t for t in sizes.teachers if isinstance(t.evidence, Hidden)]
     total += sum(at_once * student.vocabulary * max(logits, t.width) for t in hidden)
-    in_plain_torch = len(hidden) < len(sizes.scoring) if not sizes.on_cpu else not has_compiler()
+    compared = [t for t in sizes.scoring if t.evidence.name]  # others have no part in the pass
+    in_plain_torch = len(hidden) < len(compared) if not sizes.on_cpu else not has_compiler()
     if in_plain_torch:
         total += ROW_MATRICES * at_once * student.vocabulary * WIDE
     summed = WIDE if rows > chunk else operand

@@ -17,7 +17,7 @@ from hybridrl.planning.advice import advice_lines
 from hybridrl.planning.edges import checkpoint_bytes, rollout_bytes, score_bytes
 from hybridrl.planning.fit import check_fit, refuse
 from hybridrl.planning.live_internals import LiveBytes, without_memory
-from hybridrl.planning.memory import COMPARED_MATRICES, transfer_buffers
+from hybridrl.planning.memory import COMPARED_MATRICES, head_bytes, transfer_buffers
 from hybridrl.planning.model_shape import shape_of
 from hybridrl.planning.passes import Pass, pass_bytes
 from hybridrl.planning.plan import GIB, Plan, aligned, make_plan, plan_lines
@@ -267,6 +267,19 @@ def test_buckets_of_gradients_are_summed_beside_the_activations_from_stage_2_on(
         assert parts["buffers"] == buffers
         assert parts["gradients"] == (2 * P7 if stage == 1 else 4 * P7 / 8)
         assert parts["activations"] > 0
+
+
+def test_teachers_of_whom_the_drawn_token_alone_is_known_have_no_part_in_the_pass_over_the_rows():
+    """Of top-K scores plain torch has six matrices of 1024 x 152064 float32."""
+    top = ["algorithm=opd_full", "algorithm.support=topk", "algorithm.topk.k=16"]
+
+    def head_pass(*overrides: str) -> int:
+        sizes = planned("qwen7b_from_32b_8gpu", overrides=overrides).sizes
+        return head_bytes(sizes, rows=1024)
+
+    assert head_pass(*top) - head_pass("algorithm=opd") == 6 * 1024 * 152064 * 4 + 1024 * 16 * (
+        4 + 4
+    )
 
 
 def test_offloading_is_a_remedy_on_gpus_alone():
