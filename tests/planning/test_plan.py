@@ -425,9 +425,9 @@ def test_a_single_gpu_does_not_hold_a_student_of_7b_beside_a_teacher_of_32b():
 
 def test_two_gpus_hold_them_with_adapters_and_a_divided_teacher_alone():
     check_fit(planned("qwen7b_from_32b_2gpu"))
-    for whole in ("lora.rank=null", "teachers.main.devices=1"):
+    for whole in (["lora.rank=null", "lora.sync=merged"], ["teachers.main.devices=1"]):
         with pytest.raises(ConfigError, match=r"does not fit GPU 0"):
-            check_fit(planned("qwen7b_from_32b_2gpu", overrides=[whole]))
+            check_fit(planned("qwen7b_from_32b_2gpu", overrides=whole))
 
 
 def test_a_teacher_of_72b_fits_two_devices_and_the_refusal_of_one_names_them():

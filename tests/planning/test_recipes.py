@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +27,7 @@ from hybridrl.planning.plan import GIB, make_plan
 from hybridrl.rewards.load import load_reward
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
+from hybridrl.weights.parameters import merged
 
 ROOT = Path(__file__).parents[2]
 MODELS = Path(__file__).parent / "models"
@@ -121,6 +123,21 @@ def test_every_recipe_of_the_papers_is_tested() -> None:
     files = {path.stem for path in (ROOT / "conf" / "experiment").glob("*gpu.yaml")}
     plans = {name for name in files if "_from_" in name}  # tests/planning/test_plan.py has them
     assert files - plans == {name for name, _ in RECIPES}
+
+
+def test_a_recipe_with_adapters_sends_them_alone_as_small_steps_are_rounded_away_when_merged() -> (
+    None
+):
+    """At 0.02 bfloat16 has a spacing of 2^-13 = 1.2e-4; a sum with less than half of it is W."""
+    weight = torch.tensor([[0.02]], dtype=torch.bfloat16)
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    assert torch.equal(merged(weight, one, one, scale=8e-6), weight)
+    assert not torch.equal(merged(weight, one, one, scale=1.2e-4), weight)
+    folder = ROOT / "conf" / "experiment"
+    names = [p.stem for p in folder.glob("*.yaml") if "\nlora:" in p.read_text()]
+    assert names == ["qwen7b_from_32b_2gpu"]
+    for settings in map(settings_of, names):
+        assert settings.lora.travels_alone and settings.train.lr >= 1e-5
 
 
 # -- data and rewards ------------------------------------------------------------------------------
