@@ -38,9 +38,10 @@ HEAP_SHARE = 0.28
 GROWN = {"learner": 226_000_000, "rollout": 57_000_000, "teacher": 57_000_000, "scorer": 22_000_000}
 """Bytes that a process on a CPU takes besides for libraries once they run.
 
-They were fixed on the tiny model in float32 (`tools/bench plan`): HEAP_SHARE and the learner's by
-its ranks of ZeRO 1 and 3, an engine's with that share. A scorer's is what stays after a pass whose
-tensors go back to the system (MALLOC_MMAP_THRESHOLD_=65536). Everything else there tests them.
+Fitted to measurements of the tiny model in float32 (`tools/bench plan`): HEAP_SHARE and the
+learner's number on its ZeRO 1 and 3 runs, then the engine's. The scorer's is what stays after a
+pass whose tensors go back to the system (MALLOC_MMAP_THRESHOLD_=65536). All other measurements only
+test them.
 """
 
 
