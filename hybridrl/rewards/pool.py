@@ -2,10 +2,10 @@
 
 The sequences are sent as one task per child. When a task hangs, crashes, raises or returns a list
 of the wrong length, its sequences are sent again one at a time, each with the deadline, so that
-only the sequences that cause the failure fail; the first such failure of each function is
-logged. Once more than `max_timeouts` of the batch have
-timed out, or `budget_s` has passed, the rest is not run and counts as timed out too: a function
-that always hangs costs about (1 + max_timeouts * N / processes) deadlines, not N.
+only the sequences that cause the failure fail; the first such failure of each function is logged.
+Once more than `max_timeouts` of the batch have timed out, or `budget_s` has passed, the rest is not
+run and counts as timed out too: a function that always hangs costs about (1 + max_timeouts * N /
+processes) deadlines, not N.
 
     pool.call("score", {"completions": ["a", "b"]})
     -> [1.0, Failure(kind=FailureKind.timeout, text="...")]
@@ -82,7 +82,7 @@ class RewardPool:
         self._max_timeouts = max_timeouts
         self._budget_s = budget_s
         self._load_s = load_s
-        self._told: set[str] = set()  # functions of which a failed call is logged
+        self._reported: set[str] = set()  # functions of which a failed call is logged
         self._processes = [RewardProcess(self._calls) for _ in range(processes)]
         try:
             self.signatures = self._load()
@@ -106,17 +106,17 @@ class RewardPool:
         for part, answer in zip(parts, self._answers(name, passed, parts), strict=True):
             if isinstance(answer, Failure) and len(part) > 1:
                 retried += part
-                self._tell(name, len(part), answer)
+                self._report(name, len(part), answer)
             else:
                 outcomes |= _spread(part, answer)
         max_timeouts = self._max_timeouts * num_sequences
         outcomes |= self._one_by_one(name, passed, retried, max_timeouts=max_timeouts, end=end)
         return [outcomes[i] for i in range(num_sequences)]
 
-    def _tell(self, name: str, num_sequences: int, failure: Failure) -> None:
+    def _report(self, name: str, num_sequences: int, failure: Failure) -> None:
         """Log that the sequences of a failed task are sent again, once for each function."""
-        if name not in self._told:
-            self._told.add(name)
+        if name not in self._reported:
+            self._reported.add(name)
             log.warning(
                 "reward.functions.%s failed in its call for %d responses: %s: %s; they are scored "
                 "one by one, and so are those of later calls that fail",
