@@ -1,0 +1,147 @@
+"""Checks of the objective across sections: what is learned from, and what that needs."""
+
+from hybridrl.core.errors import ConfigError
+from hybridrl.settings.built_in import ADVANTAGES, PAIR_LOSSES
+from hybridrl.settings.choices import Scale, ScheduleKind
+from hybridrl.settings.run import RunSettings
+
+
+def check_objective(settings: RunSettings) -> None:
+    """Check the settings that the chosen built-in estimator or loss depends on.
+
+    objectives/user_code.py has the same rules for a user's own.
+    """
+    algorithm = settings.algorithm
+    if algorithm.pair.loss in PAIR_LOSSES:
+        PAIR_LOSSES[algorithm.pair.loss].load()().check(algorithm.pair)
+    if (
+        algorithm.scale is Scale.batch
+        and algorithm.advantage is None
+        and ADVANTAGES[algorithm.baseline].load().needs_values
+    ):
+        raise ConfigError(
+            f"algorithm.scale=batch: not with baseline={algorithm.baseline}, whose advantages are "
+            "centred already; set algorithm.scale=none"
+        )
+    weight = algorithm.reward_weight
+    if (
+        algorithm.scale is Scale.batch
+        and algorithm.learns_from_rewards
+        and not algorithm.ranks_pairs
+        and not settings.learns_from_costs
+        and (weight.kind is not ScheduleKind.constant or weight.value != 1)
+    ):
+        raise ConfigError(
+            "algorithm.scale=batch: divides algorithm.reward_weight out again, as no imitation "
+            "cost is added to the rewards; set algorithm.reward_weight.value=1 with kind=constant, "
+            "or algorithm.scale=none"
+        )
+
+
+def check_something_to_learn(settings: RunSettings) -> None:
+    """Check that some term of the loss has a weight."""
+    algorithm = settings.algorithm
+    likelihood = algorithm.nll_weight and algorithm.data_fraction + algorithm.teacher_fraction
+    terms = (algorithm.ranks_pairs, algorithm.imitates, algorithm.learns_from_rewards, likelihood)
+    if not any(terms):
+        raise ConfigError(
+            "algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from; "
+            "raise one of them"
+        )
+
+
+def check_teacher_given(settings: RunSettings) -> None:
+    """Check that there is a teacher where one has to score or to write responses."""
+    algorithm = settings.algorithm
+    if algorithm.imitates and not settings.teachers:
+        raise ConfigError(
+            "teachers={}: algorithm.imitation_weight is not 0, so a teacher is needed; "
+            "add +teachers.NAME.path=..., or set algorithm.imitation_weight.value=0"
+        )
+    if algorithm.teacher_fraction and not settings.teachers:
+        raise ConfigError(
+            "teachers={}: algorithm.teacher_fraction is not 0, so a teacher must write; add "
+            "+teachers.NAME.path=..."
+        )
+
+
+def check_reference(settings: RunSettings) -> None:
+    """Check that a pair loss over log-ratios has one reference, which scores every pair."""
+    pair = settings.algorithm.pair
+    if not pair.needs_reference:
+        return
+    against = pair.against
+    if against not in settings.teachers if against else len(settings.teachers) != 1:
+        raise ConfigError(
+            f"algorithm.pair.against={against}: algorithm.pair.loss={pair.loss} needs "
+            f"one reference among teachers={{{', '.join(settings.teachers)}}}; name one, e.g. "
+            "+teachers.initial.path=null algorithm.pair.against=initial"
+        )
+    reference = against or next(iter(settings.teachers))
+    if settings.teachers[reference].route:
+        raise ConfigError(
+            f"teachers.{reference}.route={settings.teachers[reference].route}: "
+            f"algorithm.pair.loss={pair.loss} takes every pair's log-ratio to it; leave the "
+            "route out"
+        )
+
+
+def check_reward_given(settings: RunSettings) -> None:
+    """Check that there is a reward function where rewards are learned from, or rank responses."""
+    algorithm = settings.algorithm
+    ranks = algorithm.ranks_pairs and _student_answers(settings)
+    if (algorithm.learns_from_rewards or ranks) and not settings.reward.functions:
+        raise ConfigError(
+            "reward.functions={}: algorithm.reward_weight is not 0, so a reward is needed; "
+            "add +reward.functions.NAME.function=..., or set algorithm.reward_weight.value=0"
+        )
+
+
+def check_siblings(settings: RunSettings) -> None:
+    """Check that a prompt has several responses where they are compared with each other."""
+    algorithm = settings.algorithm
+    k = settings.train.samples_per_prompt
+    learns = algorithm.learns_from_rewards or algorithm.imitates
+    if (
+        _student_answers(settings)
+        and not algorithm.ranks_pairs
+        and k < 2
+        and learns
+        and algorithm.advantage is None
+        and ADVANTAGES[algorithm.baseline].load().needs_siblings
+    ):
+        raise ConfigError(
+            f"train.samples_per_prompt={k}: algorithm.baseline={algorithm.baseline} compares "
+            "siblings, needs >= 2; raise it or set algorithm.baseline=none"
+        )
+    if (
+        algorithm.scale is Scale.group_std
+        and algorithm.learns_from_rewards
+        and _student_answers(settings)
+        and not algorithm.ranks_pairs
+        and k < 2
+    ):
+        raise ConfigError(
+            f"train.samples_per_prompt={k}: algorithm.scale=group_std compares siblings, needs >= "
+            "2; raise it or set algorithm.scale=none"
+        )
+    if algorithm.ranks_pairs and _student_answers(settings) and k < 2:
+        raise ConfigError(
+            f"train.samples_per_prompt={k}: algorithm.pair.loss={algorithm.pair.loss} ranks "
+            "siblings, needs >= 2; raise it"
+        )
+    if algorithm.dynamic_sampling and not algorithm.learns_from_rewards:
+        raise ConfigError(
+            f"algorithm.dynamic_sampling={algorithm.dynamic_sampling}: compares rewards, and "
+            "algorithm.reward_weight is 0; set it to 0"
+        )
+    if algorithm.dynamic_sampling and k < 2:
+        raise ConfigError(
+            f"train.samples_per_prompt={k}: algorithm.dynamic_sampling compares siblings, needs "
+            ">= 2; raise it"
+        )
+
+
+def _student_answers(settings: RunSettings) -> bool:
+    """Whether the student answers some of the prompts."""
+    return settings.algorithm.data_fraction + settings.algorithm.teacher_fraction < 1
