@@ -29,6 +29,7 @@ from hybridrl.settings.objective_checks import (
     check_siblings,
     check_something_to_learn,
     check_teacher_given,
+    check_teacher_weights,
 )
 from hybridrl.settings.run import RunSettings
 from hybridrl.settings.server_checks import check_servers
@@ -418,6 +419,7 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_evidence,
     check_something_to_learn,
     check_teacher_given,
+    check_teacher_weights,
     check_reference,
     check_reward_given,
     check_siblings,

@@ -65,6 +65,27 @@ def check_teacher_given(settings: RunSettings) -> None:
         )
 
 
+def check_teacher_weights(settings: RunSettings) -> None:
+    """Check that the student is drawn to its teachers more than it is moved away from them.
+
+    The prompts of a route have the teachers without one too. Whether there are prompts of no route
+    is known from the data alone, so they are left out where teachers have routes.
+    """
+    algorithm = settings.algorithm
+    if not algorithm.imitates or algorithm.ranks_pairs:
+        return
+    teachers = settings.teachers.values()
+    for route in [t.route for t in teachers if t.route] or [{}]:
+        total = sum(t.weight for t in teachers if t.route.items() <= route.items())
+        if total <= 0:
+            of_route = f" with route={route}" if route else ""
+            raise ConfigError(
+                f"teachers={{{', '.join(settings.teachers)}}}: their weights{of_route} add up to "
+                f"{total:g}, and must to more than 0, or the student moves away from them without "
+                "a bound; add the teacher to imitate, +teachers.main=PATH"
+            )
+
+
 def check_reference(settings: RunSettings) -> None:
     """Check that a pair loss over log-ratios has one reference, which scores every pair."""
     pair = settings.algorithm.pair
