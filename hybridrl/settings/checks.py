@@ -24,6 +24,7 @@ from hybridrl.settings.engine_checks import check_teacher_engines
 from hybridrl.settings.models import AUTO, DTYPES
 from hybridrl.settings.objective_checks import (
     check_objective,
+    check_pair_terms,
     check_reference,
     check_reward_given,
     check_siblings,
@@ -421,6 +422,7 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_teacher_given,
     check_teacher_weights,
     check_reference,
+    check_pair_terms,
     check_reward_given,
     check_siblings,
     check_data_responses,

@@ -118,6 +118,28 @@ def check_reward_given(settings: RunSettings) -> None:
         )
 
 
+def check_pair_terms(settings: RunSettings) -> None:
+    """A loss on pairs is learned from alone, so a weight of another term has no effect beside it.
+
+    Rewards rank the student's responses, whatever their weight is.
+    """
+    algorithm = settings.algorithm
+    if not algorithm.ranks_pairs:
+        return
+    loss = f"algorithm.pair.loss={algorithm.pair.loss}"
+    for name in ("imitation_weight", "reward_weight"):
+        if not getattr(algorithm, name).is_zero():
+            raise ConfigError(
+                f"{loss}: is learned from alone, and algorithm.{name} is not 0; set "
+                f"algorithm.{name}=0, or start from a preset of pairs, e.g. algorithm=dpo"
+            )
+    if algorithm.nll_weight:
+        raise ConfigError(
+            f"algorithm.nll_weight={algorithm.nll_weight}: has no effect with {loss}; for the "
+            "likelihood of the chosen response set algorithm.pair.nll_weight"
+        )
+
+
 def check_siblings(settings: RunSettings) -> None:
     """Check that a prompt has several responses where they are compared with each other."""
     algorithm = settings.algorithm
@@ -151,7 +173,8 @@ def check_siblings(settings: RunSettings) -> None:
             f"train.samples_per_prompt={k}: algorithm.pair.loss={algorithm.pair.loss} ranks "
             "siblings, needs >= 2; raise it"
         )
-    if algorithm.dynamic_sampling and not algorithm.learns_from_rewards:
+    compares = algorithm.learns_from_rewards or algorithm.ranks_pairs
+    if algorithm.dynamic_sampling and not compares:
         raise ConfigError(
             f"algorithm.dynamic_sampling={algorithm.dynamic_sampling}: compares rewards, and "
             "algorithm.reward_weight is 0; set it to 0"

@@ -261,7 +261,7 @@ def test_reading_the_settings_that_a_run_left_runs_no_file(tmp_path: Path) -> No
     settings = from_yaml(to_yaml(written))
     assert settings == written
     assert settings.scored_teachers == ["initial"]  # algorithm.pair.against says so
-    assert settings_with(*own).scored_teachers == []
+    assert settings_with("algorithm=simpo", *own).scored_teachers == []
 
 
 # -- built in --------------------------------------------------------------------------------------

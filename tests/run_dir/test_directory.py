@@ -967,13 +967,20 @@ def test_a_large_file_is_read_once_until_it_changes(
 
 
 @pytest.mark.parametrize(
-    "setting", ["algorithm.advantage", "algorithm.token_weight", "algorithm.pair.loss"]
+    ("preset", "setting"),
+    [
+        ("hybrid", "algorithm.advantage"),
+        ("hybrid", "algorithm.token_weight"),
+        ("dpo", "algorithm.pair.loss"),
+    ],
 )
-def test_a_changed_file_of_an_estimator_weight_or_loss_is_refused(setting: str, tmp_path: Path):
+def test_a_changed_file_of_an_estimator_weight_or_loss_is_refused(
+    preset: str, setting: str, tmp_path: Path
+):
     file = tmp_path / "mine.py"
     file.write_text("import near\n")
     (tmp_path / "near.py").write_text("x = 1")
-    settings = settings_of(tmp_path, f"{setting}={file}:Mine")
+    settings = settings_of(tmp_path, f"algorithm={preset}", f"{setting}={file}:Mine")
     before = digests(settings, [], [])
     check_inputs(settings, before, digests(settings, [], []))
     file.write_text("import near\ny = 2\n")

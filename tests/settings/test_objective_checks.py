@@ -52,3 +52,37 @@ def test_teachers_that_score_nothing_may_have_any_weight():
     weight = "+teachers.main.weight=-1"
     assert settings_of("algorithm=rloo", weight).scored_teachers == []
     assert settings_of("algorithm=dpo", weight).scored_teachers == ["initial"]
+
+
+# -- pairs -----------------------------------------------------------------------------------------
+
+SIMPO = "algorithm.pair.loss=simpo"
+ALONE = (SIMPO, "algorithm.imitation_weight=0", "algorithm.reward_weight=0")
+
+
+def test_terms_that_a_loss_on_pairs_would_drop_are_refused():
+    """The quickstart imitates, and its reward weight rises from 0.5 to 2."""
+    assert sentence_of(SIMPO) == (
+        "algorithm.pair.loss=simpo: is learned from alone, and algorithm.imitation_weight is not "
+        "0; set algorithm.imitation_weight=0, or start from a preset of pairs, e.g. algorithm=dpo"
+    )
+    assert sentence_of(*ALONE[:2]).startswith(
+        "algorithm.pair.loss=simpo: is learned from alone, and algorithm.reward_weight is not 0;"
+    )
+    rising = "algorithm.imitation_weight={kind: linear, value: 0, end: 1}"
+    assert "algorithm.imitation_weight is not 0" in sentence_of(*ALONE, rising)
+    assert settings_of(*ALONE).algorithm.ranks_pairs
+
+
+def test_the_likelihood_of_text_beside_a_loss_on_pairs_is_that_of_the_chosen_responses():
+    assert sentence_of("algorithm=dpo", "algorithm.nll_weight=1") == (
+        "algorithm.nll_weight=1.0: has no effect with algorithm.pair.loss=dpo; for the likelihood "
+        "of the chosen response set algorithm.pair.nll_weight"
+    )
+    assert settings_of("algorithm=dpo", "algorithm.pair.nll_weight=1").algorithm.ranks_pairs
+
+
+def test_groups_whose_rewards_rank_no_pair_can_be_replaced():
+    waves = "algorithm.dynamic_sampling=1"
+    assert settings_of("algorithm=simpo", "algorithm.data_fraction=0", waves).algorithm.ranks_pairs
+    assert sentence_of("algorithm=opd_full", waves).startswith("algorithm.dynamic_sampling=1: ")
