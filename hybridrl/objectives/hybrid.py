@@ -39,6 +39,7 @@ from hybridrl.batch.views import per_token, response_grid, response_ids, respons
 from hybridrl.data.route import takes
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.objectives.advantages.advantage import ReturnGrid
+from hybridrl.objectives.advantages.whole_return import WholeReturn
 from hybridrl.objectives.chosen import chosen_advantage, chosen_token_weight
 from hybridrl.objectives.credit import Credit
 from hybridrl.objectives.needs import Needs
@@ -84,12 +85,17 @@ class HybridObjective:
         self.measure = Measure(
             divergence=config.divergence, beta=config.jsd_beta, log_ratio_clip=config.log_ratio_clip
         )
-        self.advantage = chosen_advantage(config)
         self.weight_of_tokens = chosen_token_weight(config)
         self.standardises = config.scale is Scale.batch
         clips = config.log_ratio_clip is not None  # the share of clipped costs is a metric
         estimates = any(make_evidence(kind, config, drawn=False).estimates for kind in kinds)
-        self.has_costs = bool(kinds) and (config.gamma > 0 or estimates or clips)
+        learns_from_costs = bool(kinds) and (config.gamma > 0 or estimates)
+        self.has_costs = learns_from_costs or (bool(kinds) and clips)
+        # Otherwise every return is 0, and so is a baseline of it; a user's may add what it likes.
+        has_returns = (
+            config.learns_from_rewards or learns_from_costs or config.advantage is not None
+        )
+        self.advantage = chosen_advantage(config) if has_returns else WholeReturn()
         has_values = self.advantage.needs_values
         own_costs = self.has_costs and (sampler_differs or config.teacher_fraction > 0)
         self.needs = Needs(

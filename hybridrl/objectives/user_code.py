@@ -47,8 +47,8 @@ def check_advantage(settings: RunSettings) -> None:
     algorithm = settings.algorithm
     setting = f"algorithm.advantage={algorithm.advantage}"
     advantage = chosen_advantage(algorithm)
-    from_student = algorithm.data_fraction + algorithm.teacher_fraction < 1
-    if advantage.needs_siblings and from_student and settings.train.samples_per_prompt < 2:
+    samples = algorithm.data_fraction < 1
+    if advantage.needs_siblings and samples and settings.train.samples_per_prompt < 2:
         raise ConfigError(
             f"train.samples_per_prompt={settings.train.samples_per_prompt}: {setting} compares "
             "siblings, needs >= 2; raise it"

@@ -174,8 +174,7 @@ def check_teacher_responses(settings: RunSettings) -> None:
             f"write, which is {first}, a model to move away from or the student before training; "
             "put another one first, or set algorithm.teacher_fraction=0"
         )
-    learns_returns = algorithm.learns_from_rewards or settings.learns_from_costs
-    if algorithm.ratio.kind is Ratio.none and learns_returns:
+    if algorithm.ratio.kind is Ratio.none and settings.learns_from_returns:
         raise ConfigError(
             f"algorithm.teacher_fraction={algorithm.teacher_fraction}: rewards and costs of what "
             "the teacher wrote count for the student only when they are weighted by "
@@ -224,8 +223,7 @@ def check_pipeline(settings: RunSettings) -> None:
             "algorithm.ratio.kind=none leaves it out; set algorithm.ratio.kind=truncate, or "
             "pipeline.on_stale=wait"
         )
-    learns_returns = algorithm.learns_from_rewards or settings.learns_from_costs
-    weighs = algorithm.ratio.level is RatioLevel.sequence or learns_returns
+    weighs = algorithm.ratio.level is RatioLevel.sequence or settings.learns_from_returns
     if (
         pipeline.on_stale is OnStale.reweight
         and pipeline.ahead

@@ -110,7 +110,7 @@ def check_reference(settings: RunSettings) -> None:
 def check_reward_given(settings: RunSettings) -> None:
     """Check that there is a reward function where rewards are learned from, or rank responses."""
     algorithm = settings.algorithm
-    ranks = algorithm.ranks_pairs and _student_answers(settings)
+    ranks = algorithm.ranks_pairs and _samples(settings)
     if (algorithm.learns_from_rewards or ranks) and not settings.reward.functions:
         raise ConfigError(
             "reward.functions={}: algorithm.reward_weight is not 0, so a reward is needed; "
@@ -144,12 +144,10 @@ def check_siblings(settings: RunSettings) -> None:
     """Check that a prompt has several responses where they are compared with each other."""
     algorithm = settings.algorithm
     k = settings.train.samples_per_prompt
-    learns = algorithm.learns_from_rewards or algorithm.imitates
+    single = k < 2 and _samples(settings)
     if (
-        _student_answers(settings)
-        and not algorithm.ranks_pairs
-        and k < 2
-        and learns
+        single
+        and settings.learns_from_returns
         and algorithm.advantage is None
         and ADVANTAGES[algorithm.baseline].load().needs_siblings
     ):
@@ -157,18 +155,12 @@ def check_siblings(settings: RunSettings) -> None:
             f"train.samples_per_prompt={k}: algorithm.baseline={algorithm.baseline} compares "
             "siblings, needs >= 2; raise it or set algorithm.baseline=none"
         )
-    if (
-        algorithm.scale is Scale.group_std
-        and algorithm.learns_from_rewards
-        and _student_answers(settings)
-        and not algorithm.ranks_pairs
-        and k < 2
-    ):
+    if single and algorithm.scale is Scale.group_std and algorithm.learns_from_rewards:
         raise ConfigError(
             f"train.samples_per_prompt={k}: algorithm.scale=group_std compares siblings, needs >= "
             "2; raise it or set algorithm.scale=none"
         )
-    if algorithm.ranks_pairs and _student_answers(settings) and k < 2:
+    if single and algorithm.ranks_pairs:
         raise ConfigError(
             f"train.samples_per_prompt={k}: algorithm.pair.loss={algorithm.pair.loss} ranks "
             "siblings, needs >= 2; raise it"
@@ -186,6 +178,6 @@ def check_siblings(settings: RunSettings) -> None:
         )
 
 
-def _student_answers(settings: RunSettings) -> bool:
-    """Whether the student answers some of the prompts."""
-    return settings.algorithm.data_fraction + settings.algorithm.teacher_fraction < 1
+def _samples(settings: RunSettings) -> bool:
+    """Whether some responses are sampled, by the student or by a teacher."""
+    return settings.algorithm.data_fraction < 1

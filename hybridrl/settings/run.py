@@ -524,6 +524,11 @@ class RunSettings:
         return self.algorithm.imitates and costs
 
     @property
+    def learns_from_returns(self) -> bool:
+        """Whether anything enters the returns of tokens; otherwise all of them are 0."""
+        return self.algorithm.learns_from_rewards or self.learns_from_costs
+
+    @property
     def teachers_in_use(self) -> list[str]:
         """The teachers that score, and the first one where it samples; others are not loaded."""
         writer = list(self.teachers)[:1] if self.algorithm.teacher_fraction else []

@@ -98,6 +98,19 @@ def test_several_teachers_add_their_weighted_costs():
     assert costs == [0.0, 3.0, 2.0, 0.0]  # costs 0 | 1, 4, 4
 
 
+@pytest.mark.parametrize("source", [Source.student, Source.teacher])
+@pytest.mark.parametrize("baseline", ["leave_one_out", "value"])
+def test_a_single_response_that_is_only_imitated_needs_no_baseline(source: Source, baseline: str):
+    single = replace(make_batch([((1,), [(5, 6)])]), source=source)
+    imitates = objective(baseline=baseline, reward_weight=ScheduleConfig(value=0.0))
+    assert not (imitates.needs.siblings or imitates.needs.learner_values)
+    scores = [make_scores(single, [-1.0, -2.0])]
+    assert sparse(imitates, single, scores, make_rewards(single, [1.0]), make_plan(single)) == [
+        0,
+        0,
+    ]
+
+
 def test_groups_are_compared_among_themselves_only():
     batch = make_batch([((1,), [(5,), (6,)]), ((2,), [(7,), (8,)])])
     rewards = make_rewards(batch, [1.0, 0.0, math.nan, math.nan], keep=[True, True, False, False])

@@ -207,6 +207,11 @@ FREE = f"algorithm.pair.against=null {LOSS}"
         (f"{ADVANTAGE}Infinite", "advantages must be finite, and a trial on a small example gave"),
         (f"{ADVANTAGE}Siblings train.samples_per_prompt=1", "compares siblings, needs >= 2"),
         (
+            f"{ADVANTAGE}Siblings train.samples_per_prompt=1 algorithm.teacher_fraction=1 "
+            "algorithm.ratio.kind=truncate",
+            "compares siblings, needs >= 2",
+        ),
+        (
             f"{ADVANTAGE}Values algorithm.scale=batch {FIXED}",
             "algorithm.scale=batch: not with algorithm.",
         ),

@@ -86,3 +86,28 @@ def test_groups_whose_rewards_rank_no_pair_can_be_replaced():
     waves = "algorithm.dynamic_sampling=1"
     assert settings_of("algorithm=simpo", "algorithm.data_fraction=0", waves).algorithm.ranks_pairs
     assert sentence_of("algorithm=opd_full", waves).startswith("algorithm.dynamic_sampling=1: ")
+
+
+# -- siblings --------------------------------------------------------------------------------------
+
+BY_TEACHER = ("algorithm.teacher_fraction=1", "algorithm.ratio.kind=truncate")
+SINGLE = "train.samples_per_prompt=1"
+
+
+def test_a_teachers_only_response_has_no_siblings_to_be_compared_with_either():
+    assert sentence_of(*BY_TEACHER, SINGLE).startswith(
+        "train.samples_per_prompt=1: algorithm.baseline=leave_one_out compares siblings"
+    )
+    assert sentence_of("algorithm=mopd", *BY_TEACHER, SINGLE).startswith(
+        "train.samples_per_prompt=1: algorithm.scale=group_std compares siblings"
+    )
+    assert settings_of("algorithm=rloo", "algorithm.baseline=none", *BY_TEACHER, SINGLE)
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_single_responses_are_imitated_without_siblings_where_nothing_enters_a_return(share: int):
+    given = ("algorithm.reward_weight=0", f"algorithm.teacher_fraction={share}", SINGLE)
+    assert not settings_of(*given).learns_from_returns
+    assert sentence_of(*given[::2], "algorithm.gamma=1").startswith(
+        "train.samples_per_prompt=1: algorithm.baseline=leave_one_out compares siblings"
+    )
