@@ -82,11 +82,20 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute the layers in the backward pass.
 
     The model stays in evaluation mode, without dropout. Only the layers that transformers wraps for
-    this are switched to training, because they would not recompute otherwise.
+    this are switched to training, because they would not recompute otherwise, and switched back
+    while they compute, because some of them (OPT's) then drop out by a rate of their own.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in wrapped_layers(model):
         layer.training = True
+        layer.register_forward_pre_hook(lambda layer, _: _set_training(layer, False))
+        # Also where torch ends the second pass early, by an exception.
+        layer.register_forward_hook(lambda layer, *_: _set_training(layer, True), always_call=True)
+
+
+def _set_training(layer: nn.Module, training: bool) -> None:
+    """Of the layer itself; the modules in it keep their mode."""
+    layer.training = training
 
 
 def adam(parameters: Sequence[nn.Parameter], settings: RunSettings) -> torch.optim.AdamW:
