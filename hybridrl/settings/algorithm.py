@@ -390,6 +390,12 @@ class AlgorithmConfig:
                 f"algorithm.log_ratio_clip={self.log_ratio_clip}: must be positive, or null for "
                 "none"
             )
+        if self.log_ratio_clip is not None and self.divergence is not Divergence.reverse_kl:
+            raise ConfigError(
+                f"algorithm.log_ratio_clip={self.log_ratio_clip}: bounds the reverse KL, and "
+                f"algorithm.divergence={self.divergence}; leave it out, or set "
+                "algorithm.divergence=reverse_kl"
+            )
         for name in ("teacher_fraction", "data_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(

@@ -111,3 +111,16 @@ def test_single_responses_are_imitated_without_siblings_where_nothing_enters_a_r
     assert sentence_of(*given[::2], "algorithm.gamma=1").startswith(
         "train.samples_per_prompt=1: algorithm.baseline=leave_one_out compares siblings"
     )
+
+
+# -- the divergence --------------------------------------------------------------------------------
+
+
+def test_a_clip_of_the_log_ratio_is_of_the_reverse_kl_alone():
+    clip = "algorithm.log_ratio_clip=5"
+    assert sentence_of("algorithm=dagger", clip) == (
+        "algorithm.log_ratio_clip=5.0: bounds the reverse KL, and algorithm.divergence=forward_kl; "
+        "leave it out, or set algorithm.divergence=reverse_kl"
+    )
+    assert sentence_of("algorithm=gkd", clip).startswith("algorithm.log_ratio_clip=5.0: bounds the")
+    assert settings_of("algorithm=opd_full", clip).algorithm.log_ratio_clip == 5
