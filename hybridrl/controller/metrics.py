@@ -267,16 +267,23 @@ def transfer_metrics(
 def worker_times(
     headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], stats: LearnerStats
 ) -> dict[str, float]:
-    """Times by the workers' own clocks. How long responses took shows stragglers; how long workers
-    were busy shows what overlaps.
+    """Times by the workers' own clocks. How long sampled responses took shows stragglers; how long
+    workers were busy shows what overlaps.
     """
-    finish_s = np.concatenate([h.finish_s for h in headers])  # [N] float32
+    finish_s = [h.finish_s for h in headers if h.source is not Source.data]  # [N] float32 of each
+    return {
+        **(response_times(np.concatenate(finish_s)) if finish_s else {}),
+        "time/scorers_busy_s": float(sum(s.score_s for s in scores)),
+        "time/learner_busy_s": stats.learn_s,
+    }
+
+
+def response_times(finish_s: np.ndarray) -> dict[str, float]:
+    """finish_s: [N] seconds that each sampled response took."""
     return {
         "time/response_s_p50": float(np.percentile(finish_s, 50)),
         "time/response_s_p95": float(np.percentile(finish_s, 95)),
         "time/response_s_max": float(finish_s.max()),
-        "time/scorers_busy_s": float(sum(s.score_s for s in scores)),
-        "time/learner_busy_s": stats.learn_s,
     }
 
 

@@ -2,6 +2,9 @@
 
 from dataclasses import replace
 
+import numpy as np
+
+from hybridrl.controller.metrics import worker_times
 from hybridrl.controller.sampling import Arrived, PendingChunk
 from hybridrl.controller.worker_metrics import engine_metrics, work_metrics
 from hybridrl.controller.worker_reports import work_of
@@ -121,3 +124,22 @@ def test_each_report_has_the_name_of_the_worker_that_was_called_and_the_data_has
         ("learner/0", worked(4)),
         ("learner/1", worked(5)),
     ]
+
+
+def test_responses_of_the_data_took_no_time_and_are_no_part_of_how_long_responses_took():
+    """A student's took 1 and 2 s."""
+    stats = LearnerStats(
+        logprob_gap=None,
+        token_kl=None,
+        sparse_norm=0.0,
+        metrics={},
+        learn_s=0.0,
+        optimizer_steps=1,
+    )
+    of_data = replace(header(Source.data, None), finish_s=np.zeros(2, np.float32))
+    times = worker_times([header(Source.student, None), of_data, of_data], [], stats)
+    assert times["time/response_s_p50"] == 1.5 and times["time/response_s_max"] == 2.0
+    assert set(worker_times([of_data], [], stats)) == {
+        "time/scorers_busy_s",
+        "time/learner_busy_s",
+    }
