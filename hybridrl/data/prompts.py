@@ -267,8 +267,8 @@ def _warn_of_unclosed_tags(template: ChatTemplate) -> None:
     row, tag = template.unclosed[0]
     log.warning(
         "%s opens the assistant's turn with %s, which %d given responses do not close, that of %s "
-        "first: they are learned as what belongs within the tag; begin them with it, or set "
-        "data.chat_template_file",
+        "first: the model will learn these responses as text inside the tag; start each response "
+        "with the tag and close it, or set data.chat_template_file",
         template.name,
         tag,
         len(template.unclosed),

@@ -13,7 +13,7 @@ from jinja2 import Environment, TemplateSyntaxError
 SECONDS = 10.0
 """Limit for one conversation; the templates that models ship take about a millisecond."""
 SOON = 0.001
-"""Seconds until a timer goes off whose time ended meanwhile."""
+"""Seconds until a timer of the caller fires that ran out meanwhile."""
 
 
 class BoundlessTemplate(Exception):
@@ -27,9 +27,9 @@ def bounded(
     """Interrupt the body of the context, which renders `template`, after some seconds.
 
     Python interrupts itself between two operations, by a signal that only the main thread receives:
-    other threads have no limit. A timer of the caller runs on, and goes off afterwards at the
-    earliest. A power of whole numbers, such as 10**(10**8), is one operation that takes minutes, so
-    a template with one is refused beforehand.
+    other threads have no limit. If the caller had set a timer, it is restored afterwards; one that
+    ran out meanwhile fires at once. A power of whole numbers, such as 10**(10**8), is one operation
+    that takes minutes, so a template with one is refused beforehand.
 
     Args:
         template: its text, or several by their names.

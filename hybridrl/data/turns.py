@@ -8,9 +8,9 @@ from fractions import Fraction
 class Turns:
     """A sequence of sources in which each has its share of every beginning of the sequence.
 
-    Of the first n turns a source with share w has w n to within 1 - 1/(2k - 2) with k sources, so
-    with two sources to within half a turn (R. Tijdeman, The chairman assignment problem, Discrete
-    Mathematics 32, 1980). No random number is drawn.
+    After n prompts, a source with share w has had w*n of them, give or take less than one prompt
+    (half a prompt with two sources; with k of them 1 - 1/(2k - 2), R. Tijdeman, The chairman
+    assignment problem, Discrete Mathematics 32, 1980). No random number is drawn.
 
     Example: the weights {"a": 3, "b": 1} give a, a, b, a, and so on.
     """

@@ -34,7 +34,8 @@ from hybridrl.ops.compare import COMPARED, compare
 class HeadRule(RowRule):
     """The settings of the pass, the same for every row."""
 
-    # rows whose logits, then logit gradients, exist at once; a teacher's logits: PIECE of them
+    # response tokens whose [tokens, V] logit gradients are in memory at once; a teacher's logits
+    # exist for PIECE of them at a time on a CPU
     chunk: int = 1024
     # bf16 on the CPU: logits by products in fp32 (kernels.workspace), several times slower ones
     exact_logits: bool = False

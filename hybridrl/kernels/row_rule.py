@@ -39,7 +39,8 @@ def coefficients(
     weights: tuple[Tensor, ...],
     columns: TokenColumns,
 ) -> Coefficients:
-    """The factor of a part is exactly 0 where its weight is 0: that part may hold inf or NaN there.
+    """A part with weight 0 gets the factor 0 and is skipped, because its value may be inf or NaN
+    and 0 * NaN is NaN.
 
     Args:
         drawn: [c] log p(y).

@@ -44,7 +44,8 @@ def check_ends(
         f"set teachers.{name}.eos to the token with which it ends a response"
         if teacher_eos is None
         else f"set model.eos={teacher_eos} to end the student's responses as the teacher's, or "
-        f"teachers.{name}.eos={teacher_eos} to count its log-prob for the student's end token"
+        f"teachers.{name}.eos={teacher_eos} to score the student's end token by the teacher's "
+        "probability of its own end token"
     )
     raise ConfigError(
         f"{source}: its end token is {own}, that of model.path={settings.model.path} is "

@@ -103,7 +103,9 @@ def worker_conditions(settings: RunSettings, inputs: Mapping[str, str]) -> dict[
 
 
 def chosen_by(settings: RunSettings) -> dict[str, Any]:
-    """What workers are built for by settings that may differ otherwise."""
+    """Values fixed when a worker is built; jobs that share workers must agree on them, although the
+    settings behind them may otherwise differ.
+    """
     train = settings.train
     return {
         # In which a worker looks for files of yours.

@@ -19,8 +19,9 @@ rounding, and the sampler's log-probs are taken as they are.
 
 The second and later updates of a batch learn from the responses of the policy before the first
 one. Each of them is an estimate of the gradient at the weights that it begins with: costs, values
-and sequence ratios are computed anew by these weights. With costs of the policy p_old before the
-first update the estimate would lack grad KL(p || p_old), and move past the teacher.
+and sequence ratios are computed anew by these weights. If costs were still those of p_old, the
+policy before the first update, later updates would ignore how far the student has already moved and
+overshoot the teacher.
 
 bfloat16 is such a difference too, without any stale rollout: engine and learner round the same
 weights differently, by 0.04 to 0.05 nats a token in the mean on SmolLM2-135M. Distilled into

@@ -72,8 +72,8 @@ HELDOUT = {
     "pair/accuracy": "eval/pair_accuracy",
     "pair/margin": "eval/pair_margin",
 }
-"""What is reported of held-out data, in rising precedence: the surrogate whose gradient a pair loss
-has is not its value.
+"""Which total becomes which eval metric. If two map to one key, the later wins: for pairs the real
+loss replaces the surrogate, whose value means nothing.
 """
 
 

@@ -106,7 +106,7 @@ def model_digests(settings: RunSettings) -> dict[str, str]:
 
 def of_teacher(inputs: Mapping[str, str], name: str) -> dict[str, str]:
     """Those of `digests` that a teacher's log-probs depend on: of its own files, and of the
-    student's start, which it may be.
+    student's start model, because a teacher may be that model.
     """
     return {
         key: digest

@@ -170,8 +170,8 @@ class RatioConfig:
     high: float | None = None
     """largest rho (truncate, mask), null: no bound; clip: 1 + high"""
     sampler_high: float | None = 2.0
-    """clip with several updates per batch, where rho = p(y) / p_old(y) is that of the learner to
-    itself before the first of them: the largest weight p_old(y) / mu(y) by which it is multiplied;
+    """only with kind=clip and several updates per batch: each token is also weighted by p_old/mu,
+    which corrects for a sampler that differs from the learner; this is the largest such weight,
     null: no bound
     """
 
@@ -244,11 +244,13 @@ class PairConfig:
     nll_weight: float = 0.0
     """SLiC's regularisation: weight of the chosen response's negative log-likelihood"""
     average: bool = False
-    """average log-ratios over tokens; without it the DIL losses have hyper-parameters"""
+    """divide log-ratios by the number of tokens; summed log-ratios grow with length, so the DIL
+    losses would then need a tuned scale
+    """
     clamp: float | None = None
     """dil_*: log-ratio beyond which a term is replaced by its tangent; null: 20, for fp32"""
     reference: Reference = Reference.rejected
-    """the responses whose log-ratios estimate DIL's expectation under the reference"""
+    """which responses stand in for samples of the reference model in DIL's second term"""
 
     def __post_init__(self) -> None:
         if not self.beta > 0:

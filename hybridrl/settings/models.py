@@ -89,8 +89,9 @@ class TeacherConfig:
     token
     """
     eos: str | None = None
-    """the special token with which this teacher ends a response, its text or its id: its log-prob
-    counts for the student's end token, and the other way round. null: the student's own
+    """the special token with which this teacher ends a response, its text or its id. The two end
+    tokens are swapped when this teacher scores: its probability of its own end token is used for
+    the student's. null: the student's own
     """
     chat_template: TemplateOf = TemplateOf.student
     """student: it reads the student's prompts, token by token. own: it reads each conversation

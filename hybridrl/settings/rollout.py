@@ -16,7 +16,9 @@ class RolloutConfig:
     max_new_tokens: int | None = None
     """tokens of the longest response; null: the run is refused with a proposal for the data"""
     max_model_len: int | None = None
-    """tokens of the longest prompt with its response; null: as max_new_tokens"""
+    """tokens of the longest prompt with its response; null: the run is refused, with a proposal for
+    your data
+    """
     max_num_seqs: int = 256
     """sequences decoded at once by one engine"""
     kv_cache_bytes: int | None = None

@@ -41,7 +41,8 @@ class TrainConfig:
     """
     max_skipped: int = 0
     """batches in a row that may be skipped because their gradient is NaN or infinite; one more ends
-    the run. Of a batch with several updates only these updates are left out, so many in a row
+    the run. If a batch has several updates, only the bad ones are skipped; this is then the
+    largest number of skipped updates in a row
     """
     head_chunk: int = 1024
     """response tokens whose logits are in memory at once in the head pass"""

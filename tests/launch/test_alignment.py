@@ -64,7 +64,8 @@ def test_the_pair_is_refused_and_the_sentence_names_the_settings_that_align_it(f
         f"teachers.main.path={folder}/teacher: its end token is '<end>' (id 23), that of "
         f"model.path={folder}/student is '<eos>' (id 2), and a student cannot learn from it where "
         "to stop; set model.eos=23 to end the student's responses as the teacher's, or "
-        "teachers.main.eos=23 to count its log-prob for the student's end token"
+        "teachers.main.eos=23 to score the student's end token by the teacher's probability of its "
+        "own end token"
     )
 
 

@@ -19,7 +19,9 @@ class ReturnGrid:
     """
 
     returns: Tensor
-    """[N, T] G of each token; where a response has ended, its terminal reward goes on"""
+    """[N, T] G of each token; after the end of a response its row is filled with -lambda R, so that
+    siblings can be compared at every position
+    """
     values: Tensor
     """[N, T] the value head's outputs, 0 where masked, and 0 everywhere unless `needs_values`"""
     mask: Tensor
