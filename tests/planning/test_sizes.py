@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hybridrl.batch.balance import micro_batches
+from hybridrl.planning.memory import learner_pass
 from tests.planning.test_plan import quickstart, responses_of
 
 
@@ -73,3 +74,19 @@ def test_responses_of_the_data_are_one_chunk_and_limited_by_the_length_with_thei
     # Engines sample no longer responses for all that, and their prompts are no shorter.
     sampled = quickstart("algorithm=dpo", "algorithm.data_fraction=0", "train.samples_per_prompt=2")
     assert data.of_worker("rollout") == sampled.of_worker("rollout")
+
+
+def test_a_learner_on_a_cpu_keeps_attention_scores_of_short_sequences_and_not_of_long_packs():
+    """48 tokens are few enough for attention by products, and a pack of 16384 is not."""
+    narrow = quickstart("model.dtype=bfloat16", "++teachers.main.dtype=bfloat16").sizes
+    padded = learner_pass(narrow)
+    assert padded.plain_attention and (padded.sequences, padded.tokens) == (342, 48)
+    packs = ["model.dtype=bfloat16", "++teachers.main.dtype=bfloat16", "train.packing=true"]
+    packed = learner_pass(quickstart(*packs).sizes)
+    assert not packed.plain_attention and (packed.sequences, packed.tokens) == (1, 342 * 48)
+
+
+def test_diagnostics_on_a_cpu_move_no_scores_to_a_device():
+    parts = quickstart("diagnostics.every=5").of_worker("learner")
+    diagnosed = {part.part: part.nbytes for part in parts if part.phase == "diagnose"}
+    assert diagnosed["scores of other micro-batches"] == 0 and diagnosed["gradients"] >= 8 * 782336
