@@ -182,6 +182,7 @@ class Judge:
         eos: str | None,
         watch_only: bool,
         deadline_s: float,
+        start_s: float,
         device: str,
     ) -> None:
         self.names = tuple(config.functions)
