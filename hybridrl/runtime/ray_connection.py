@@ -167,7 +167,7 @@ def connect(settings: RunSettings) -> None:
     """Start Ray here, or join the cluster at cluster.address or RAY_ADDRESS.
 
     Raises:
-        PlacementError: there is no cluster at that address.
+        PlacementError: there is no cluster at that address, or Ray does not start here.
     """
     source = "cluster.address" if settings.cluster.address else "RAY_ADDRESS"
     address = settings.cluster.address or os.environ.get(source) or LOCAL
@@ -184,7 +184,7 @@ def connect(settings: RunSettings) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises no other type where its node is late to start
         reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
         if local:
             raise PlacementError(

@@ -241,6 +241,18 @@ def test_an_address_without_a_ray_cluster_ends_at_once_in_one_sentence():
             assert "\n" not in str(caught.value) and not ray.is_initialized()
 
 
+def test_a_ray_that_is_late_to_start_is_an_error_in_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    """Ray raises a bare Exception, as on a machine with too much else to do."""
+
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(PlacementError, match=r"^no Ray could be started on this machine: The curr"):
+        Cluster(load_config(BASE)).__enter__()
+
+
 @pytest.mark.parametrize(
     ("address", "same"),
     [
