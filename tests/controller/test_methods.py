@@ -16,6 +16,7 @@ from hybridrl.data.prompts import PromptSource
 from hybridrl.launch.preparation import prepare_prompts
 from hybridrl.launch.set_prompts import held_out_sets
 from hybridrl.models.loading import load_value_head
+from hybridrl.objectives.advantages import generalised
 from hybridrl.run_dir.checkpoint import Checkpointer
 from hybridrl.run_dir.ledger import Ledger
 from hybridrl.runtime.cluster import Cluster
@@ -43,6 +44,8 @@ EVERYTHING = (
     "algorithm.ratio.kind=none",
     "algorithm.gamma=0",
     "algorithm.reward_weight.value=0",
+    # As a user's estimator: a built-in one is not called where nothing enters the returns.
+    f"algorithm.advantage={generalised.__file__}:GeneralisedAdvantage",
     "+teachers.initial.path=null",
     "algorithm.support=full",
     "+data.options.responses=pair",
