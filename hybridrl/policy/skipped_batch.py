@@ -4,6 +4,7 @@ a look at the batch later.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from safetensors.torch import save_file
 
@@ -23,7 +24,7 @@ def refuse_batch(
     run_dir: Path,
     rank: int,
     stepped: bool,
-) -> None:
+) -> NoReturn:
     """Write the micro-batches of update `number` to run_dir/skipped, and raise.
 
     Args:

@@ -4,6 +4,7 @@ Each section checks its own values when it is built. `check_settings` runs every
 checks that read models and data are in launch/preflight.py.
 """
 
+import math
 import re
 from collections.abc import Callable
 
@@ -32,6 +33,7 @@ from hybridrl.settings.objective_checks import (
     check_teacher_given,
     check_teacher_weights,
 )
+from hybridrl.settings.rewards import FUNCTIONS_SHARE
 from hybridrl.settings.run import RunSettings
 from hybridrl.settings.server_checks import check_servers
 from hybridrl.settings.set_checks import check_sets
@@ -404,6 +406,22 @@ def _check_shared_gpus(settings: RunSettings) -> None:
         )
 
 
+def check_reward_time(settings: RunSettings) -> None:
+    """Each function has its time, for all responses and for each alone, before its worker counts as
+    hung and is replaced.
+    """
+    reward = settings.reward
+    deadline_s = settings.deadlines.reward_s
+    longest = 2 * reward.timeout_s * len(reward.functions)
+    needed = longest / FUNCTIONS_SHARE
+    if deadline_s < needed:
+        raise ConfigError(
+            f"deadlines.reward_s={deadline_s:g}: a worker may wait {longest:g} s for reward "
+            f"functions that hang, twice reward.timeout_s={reward.timeout_s:g} for each; raise it "
+            f"to {math.ceil(needed)}, or lower reward.timeout_s"
+        )
+
+
 CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_objective,
     check_teachers,
@@ -422,6 +440,7 @@ CHECKS: tuple[Callable[[RunSettings], None], ...] = (
     check_reference,
     check_pair_terms,
     check_reward_given,
+    check_reward_time,
     check_siblings,
     check_data_responses,
     check_teacher_responses,

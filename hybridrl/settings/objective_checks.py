@@ -81,8 +81,8 @@ def check_teacher_weights(settings: RunSettings) -> None:
             of_route = f" with route={route}" if route else ""
             raise ConfigError(
                 f"teachers={{{', '.join(settings.teachers)}}}: their weights{of_route} add up to "
-                f"{total:g}, and must to more than 0, or the student moves away from them without "
-                "a bound; add the teacher to imitate, +teachers.main=PATH"
+                f"{total:g}; the sum must be more than 0, or the student moves away from them "
+                "without a bound; add the teacher to imitate, +teachers.main=PATH"
             )
 
 

@@ -1,6 +1,5 @@
 """The settings reward.*: the functions that judge responses, and the workers that run them."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +42,7 @@ class RewardConfig:
     """GPUs of each worker, 0 or 1, on which its reward models compute; on CPUs it has no effect"""
     timeout_s: float = 10.0
     """deadline of one call, after which the child process is killed; the call is for all responses
-    of a chunk that one process gets, and if that fails for each of them alone
+    of a chunk that one process gets, and, if that fails, for each of them alone
     """
     on_error: OnError = OnError.drop_group
     """what to do where a reward function raises, hangs or returns no finite number"""
@@ -60,25 +59,6 @@ class RewardConfig:
             for name, function in self.functions.items()
             if function.function == "reward_model" and "path" in function.options
         }
-
-    def check_time(self, deadline_s: float) -> None:
-        """Each function must have had its time, for all responses and for each alone, before the
-        worker counts as hung.
-
-        Args:
-            deadline_s: deadlines.reward_s.
-
-        Raises:
-            ConfigError: a worker would be replaced because of its functions.
-        """
-        longest = 2 * self.timeout_s * len(self.functions)
-        needed = longest / FUNCTIONS_SHARE
-        if deadline_s < needed < math.inf:  # no setting may be infinite
-            raise ConfigError(
-                f"deadlines.reward_s={deadline_s:g}: a worker may wait {longest:g} s for reward "
-                f"functions that hang, twice reward.timeout_s={self.timeout_s:g} for each; raise "
-                f"it to {math.ceil(needed)}, or lower reward.timeout_s"
-            )
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:

@@ -439,7 +439,6 @@ class RunSettings:
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:
-        self.reward.check_time(self.deadlines.reward_s)
         if self.learner.zero_stage is None and self.learner.offload is not Offload.none:
             self.learner.zero_stage = 3
         if self.learner.zero_stage is None and self.model.dtype != AUTO:
