@@ -31,7 +31,8 @@ def sentence_of(*overrides: str) -> str:
 def test_a_student_that_would_only_move_away_from_its_start_is_refused():
     assert sentence_of("algorithm=g_opd", "~teachers.main") == (
         "teachers={initial}: their weights add up to -0.2; the sum must be more than 0, or the "
-        "student moves away from them without a bound; add the teacher to imitate, +teachers.main=PATH"
+        "student moves away from them without a bound; add the teacher to imitate, "
+        "+teachers.main=PATH"
     )
 
 
