@@ -63,7 +63,7 @@ class Learner:
     given_up: str | None = None
     give_up = LearnerGroup.give_up
     _check_wanted = LearnerGroup._check_wanted
-    settings = SimpleNamespace(deadlines=DeadlineConfig())
+    settings = SimpleNamespace(deadlines=DeadlineConfig(save_s=5.0))
 
     def __init__(self) -> None:
         self.asked = Event()
@@ -84,7 +84,7 @@ def test_a_run_that_is_ended_at_once_does_not_wait_for_the_thread_of_its_checkpo
     saving.start(4, lambda: LearnerGroup._saved_files(learner))
 
     def second_signal() -> None:
-        learner.asked.wait()
+        assert learner.asked.wait(timeout=5.0)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
