@@ -146,7 +146,7 @@ EXPERIMENT = Experiment(
     draw=draw,
     budget_s=7200.0,
     cuts=f"{STEPS} steps instead of 100, which would have taken twice the budget, so that a method "
-    "that starts slowly is at a disadvantage. Two learning rates, of which the better one is chosen by the same seeds, three seeds, "
-    "and no comparison at equal seconds, for which the machine would have to be idle. The "
-    "differences are not corrected for their number.",
+    "that starts slowly is at a disadvantage. Two learning rates, of which the better one is "
+    "chosen by the same seeds, three seeds, and no comparison at equal seconds, for which the "
+    "machine would have to be idle. The differences are not corrected for their number.",
 )
