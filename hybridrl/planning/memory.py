@@ -169,6 +169,7 @@ def diagnosis_bytes(sizes: Sizes, body: PassBytes, rows: int) -> dict[str, int]:
     chunk = min(sizes.settings.train.head_chunk, rows)
     whole = any(t.evidence.needs_head or t.evidence.covers_vocabulary for t in sizes.scoring)
     compared = COMPARED_MATRICES * chunk * student.vocabulary * WIDE if whole else 0
+    compared += sum(rows * t.row_bytes(student.vocabulary) for t in sizes.scoring)
     moments = [{"activations": body.forward, "head pass": compared}]
     if sizes.settings.learner.zero_stage != 3:
         sums = 2 * WIDE * sizes.trained
@@ -178,10 +179,7 @@ def diagnosis_bytes(sizes: Sizes, body: PassBytes, rows: int) -> dict[str, int]:
             {"gradients": sums, "activations": body.kept, "head pass": head_bytes(sizes, rows)},
             {"gradients": sums + new, "activations": body.peak, "head pass": states},
         ]
-    waiting = 0 if sizes.on_cpu else sizes.of_rank * sizes.response - rows
-    scores = sum(waiting * t.row_bytes(student.vocabulary) for t in sizes.scoring)
-    largest = max(moments, key=lambda parts: sum(parts.values()))
-    return largest | {"scores of other micro-batches": scores}
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def checkpoint_copy(sizes: Sizes) -> int:

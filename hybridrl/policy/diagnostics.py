@@ -2,7 +2,7 @@
 student against teacher.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,15 +13,20 @@ from hybridrl.ops.compare import COMPARED
 from hybridrl.policy.student import Look, Student
 
 
-def gradient_geometry(student: Student, micros: Sequence[MicroBatch]) -> dict[str, float]:
+def gradient_geometry(
+    student: Student, micros: Sequence[MicroBatch], device: torch.device
+) -> dict[str, float]:
     """Norms of the dense and of the sparse gradient at the parameters of the global batch, and
     their cosine.
 
     Two more forward and backward passes, outside of DeepSpeed's accumulation. Parameters must be
     whole (ZeRO 1 or 2).
+
+    Args:
+        device: that of the student; one micro-batch at a time is moved to it.
     """
-    dense = _gradient(student, [micro.without_sparse() for micro in micros])
-    sparse = _gradient(student, [micro.sparse_alone() for micro in micros])
+    dense = _gradient(student, (micro.without_sparse() for micro in micros), device)
+    sparse = _gradient(student, (micro.sparse_alone() for micro in micros), device)
     product = sum((a * b).sum() for a, b in zip(dense, sparse, strict=True))
     squares = [float(sum(g.square().sum() for g in gradient)) for gradient in (dense, sparse)]
     norms = [square**0.5 for square in squares]
@@ -34,22 +39,22 @@ def gradient_geometry(student: Student, micros: Sequence[MicroBatch]) -> dict[st
 
 
 def teacher_distance(
-    forward: Callable[..., tuple[Tensor, Tensor]], micros: Sequence[MicroBatch]
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    micros: Sequence[MicroBatch],
+    device: torch.device,
 ) -> dict[str, float]:
     """Means of ops.compare over the response tokens of the global batch and all teachers with a
     full distribution.
 
     Args:
         forward: of the (possibly sharded) student, called once per micro-batch on every rank.
-        micros: on the device of the student.
+        device: that of the student; one micro-batch at a time is moved to it.
     """
-    # On the device of the student: a process group of GPUs reduces nothing that lies in host
-    # memory.
-    device = micros[0].input_ids.device
+    # A process group of GPUs reduces nothing that lies in host memory.
     sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=device)
     for micro in micros:
         with torch.no_grad():
-            sums += forward(*micro.arguments(), Look.compare)[0]
+            sums += forward(*micro.to(device).arguments(), Look.compare)[0]
     dist.all_reduce(sums)
     sums = sums.cpu()
     count = float(sums[0])
@@ -63,12 +68,12 @@ def teacher_distance(
     )
 
 
-def _gradient(student: Student, micros: Sequence[MicroBatch]) -> list[Tensor]:
+def _gradient(student: Student, micros: Iterable[MicroBatch], device: torch.device) -> list[Tensor]:
     """Per parameter, fp32, summed over micro-batches and ranks."""
     parameters = [p for p in student.parameters() if p.requires_grad]
     total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     for micro in micros:
-        loss, _ = nn.Module.__call__(student, *micro.arguments(), Look.learn)
+        loss, _ = nn.Module.__call__(student, *micro.to(device).arguments(), Look.learn)
         for into, gradient in zip(
             total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
         ):

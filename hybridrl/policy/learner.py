@@ -435,10 +435,9 @@ class Learner:
 
     def _diagnostics(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
         """Diagnostics that are too expensive for every step."""
-        on_device = [micro.to(self.device) for micro in micros]
-        metrics = teacher_distance(self.engine, on_device)
+        metrics = teacher_distance(self.engine, micros, self.device)
         if zero_stage(self.settings) < 3:
-            metrics |= gradient_geometry(self.engine.module, on_device)
+            metrics |= gradient_geometry(self.engine.module, micros, self.device)
         return metrics
 
     def logprob_gaps(self, *batches: RolloutBatch) -> list[float]:

@@ -526,7 +526,7 @@ def probed() -> dict[str, float]:
     micro = micro_batch(LONG_AND_SHORT, [0.0] * 7)
     torch.manual_seed(0)
     student = Student(tiny_model(tiny_tokenizer()), HeadRule(), with_value=False)
-    return gradient_geometry(student, [micro])
+    return gradient_geometry(student, [micro], torch.device("cpu"))
 
 
 FOUND = dict.fromkeys(SUMS + MEANS + MAXIMA, 1.0)

@@ -217,13 +217,12 @@ def test_diagnostics_have_the_gradients_of_both_terms_whole_on_every_rank():
 
 
 def test_diagnostics_compare_student_and_teacher_beside_sharded_weights_too():
-    """Eight matrices of 1024 x 152064, and of 128 sequences of a rank with 1024 response tokens the
-    teacher's hidden states of 5120 numbers, but for the 16384 of this micro-batch.
+    """Eight matrices of 1024 x 152064, and for the 16384 response tokens of a micro-batch the
+    teacher's hidden states of 5120 numbers.
     """
     plan = planned("qwen7b_from_32b_8gpu", overrides=["diagnostics.every=10"])
     parts = {p.part: p.nbytes for p in plan.of_worker("learner") if p.phase == "diagnose"}
-    assert parts["head pass"] == 8 * 1024 * 152064 * 4
-    assert parts["scores of other micro-batches"] == (128 * 1024 - 16384) * 5120 * 2
+    assert parts["head pass"] == 8 * 1024 * 152064 * 4 + 16384 * 5120 * 2
     assert parts["gradients"] == 4 * P7 // 4  # of the batch before, divided among four ranks
     assert not [p for p in planned("qwen7b_from_32b_8gpu").parts if p.phase == "diagnose"]
 

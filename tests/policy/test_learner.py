@@ -515,20 +515,28 @@ def test_a_value_head_learns_and_is_exported_alike_whether_parameters_are_sharde
 def test_distances_from_a_teacher_are_summed_where_the_student_computes(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """A process group for GPUs refuses tensors on the CPU. Here the meta device stands for the
-    GPU.
+    """A process group for GPUs refuses tensors on the CPU, and micro-batches come from host memory.
+    Here the meta device stands for the GPU.
     """
 
     def all_reduce(sums: Tensor) -> None:
         raise RuntimeError(f"reduces on {sums.device}")
 
     monkeypatch.setattr(probe.dist, "all_reduce", all_reduce)
-    sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device="meta")
-    none = torch.zeros(0, device="meta")
+    device = torch.device("meta")
+    sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=device)
+    devices = []
+
+    def forward(token_ids: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+        devices.append(token_ids.device)
+        return sums, sums
+
+    none = torch.zeros(0)
     terms = token_columns(token_ids=none, token_weight=none, sparse=none, sampler_logprobs=none)
     micro = sequence(np.zeros(0), response_at=np.zeros(0, np.int64), columns=terms)
     with pytest.raises(RuntimeError, match="reduces on meta"):
-        probe.teacher_distance(lambda *arguments: (sums, None), [micro.to(torch.device("meta"))])
+        probe.teacher_distance(forward, [micro, micro], device)
+    assert devices == [device, device]
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
