@@ -1,10 +1,11 @@
-"""Every value that crosses a process.
+"""The types of all values that pass between processes.
 
 Batches are packed numpy columns plus offsets: one buffer per column goes through the object store
-without a copy. Arrays that come out of the store are read-only, so nothing here is edited in place.
+without a copy. Arrays that come out of the store are read-only, so no value here is changed in
+place.
 
 Alignment: a per-token column has one entry per entry of `input_ids`. Entry t is about token t given
-the tokens before it. Prompt tokens are masked (`response_mask` False) and hold 0.
+the tokens before it. Prompt tokens are masked (`response_mask` False) and their entries are 0.
 
     sequence      P0   P1   P2 | A0    A1    EOS
     response_mask 0    0    0  | 1     1     1
@@ -69,7 +70,7 @@ class Prompt:
     responses: tuple[tuple[int, ...], ...] = ()
     question: str = ""  # the conversation as a person reads it, without the template's tokens
     answer: str | None = None  # the reference answer; None: the data has none
-    # What teachers with a chat template of their own read in the place of input_ids, by their names
+    # Token ids that teachers with their own chat template read instead of input_ids, by teacher
     teacher_prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
@@ -83,13 +84,13 @@ class Prompt:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
     """A prompt with one response. rollouter -> RolloutBatch, whose method `trajectory` returns
-    it as views of the packed columns.
+    trajectories as views of the packed columns.
 
     Example: the prompt (1, 5), the completion (7, 2), the observation (9,), the completion (8, 2):
     prompt_length 2, input_ids [1, 5, 7, 2, 9, 8, 2], response_mask [0, 0, 1, 1, 0, 1, 1].
     """
 
-    uid: str  # of its prompt
+    uid: str  # of the prompt
     prompt_length: int  # input_ids[prompt_length:] is the response
     input_ids: NDArray[np.int32]  # [T] prompt then response
     response_mask: Bool  # [T] True where the model wrote the token
@@ -120,7 +121,7 @@ class RolloutBatch:
     uids: tuple[str, ...]  # [G]
     columns: tuple[dict[str, Any], ...]  # [G] as in Prompt
     prompt_texts: tuple[str, ...]  # [G]
-    prompt_lengths: tuple[int, ...]  # [G] tokens; what follows them in a sequence is the response
+    prompt_lengths: tuple[int, ...]  # [G] in tokens; the rest of a sequence is its response
     teacher_prompts: tuple[dict[str, tuple[int, ...]], ...]  # [G] as in Prompt
     group_size: int  # K
     offsets: Int  # [N+1] sequence i is input_ids[offsets[i]:offsets[i+1]]
@@ -129,7 +130,7 @@ class RolloutBatch:
     rollout_logprobs: Float  # [T]
     policy_versions: NDArray[np.int32]  # [T]
     finish_reasons: tuple[FinishReason, ...]  # [N]
-    source: Source  # of the responses; log-probs of data are 0
+    source: Source  # who wrote the responses; for Source.data, rollout_logprobs are 0
     # [R, K] the sampler's most likely tokens at each response token; K=0 unless requested
     support_ids: NDArray[np.int32]
 
@@ -199,17 +200,17 @@ class RolloutBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScores:
-    """The evidence of one teacher about a RolloutBatch. scorer -> object store -> learner.
+    """What one teacher computed about a RolloutBatch. scorer -> object store -> learner.
 
     `rows` has one row for each response token. A row is the teacher's last hidden state before the
     token (the learner computes the distribution from it with the teacher's lm_head, so that V
-    floats a token need not be sent), or its log-probs over the vocabulary, or over `support_ids`.
-    Its width is 0 where only the drawn token's log-prob is needed.
+    floats a token need not be sent), or the teacher's log-probs over the vocabulary, or over
+    `support_ids`. The width of `rows` is 0 if only the drawn token's log-prob is needed.
     """
 
     teacher: str
-    # [T] log q(token t | tokens before); 0 outside of responses, and where the objective does not
-    # need it
+    # [T] log q(token t | tokens before); 0 outside of responses and if the objective does not need
+    # it
     logprobs: Float
     rows: NDArray[np.uint16] | NDArray[np.float32]  # [R, W] in batch order; uint16 is bf16 bits
     support_ids: NDArray[np.int32]  # [R, K] tokens of `rows`; K=0 unless rows are over a support
@@ -217,32 +218,31 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a worker did since its last report, and what that took. worker -> controller, within a
-    header or the learner's statistics.
+    """The throughput and peak memory of a worker since its last report. worker -> controller,
+    inside a header or LearnerStats.
 
     Example: Work(tokens=512, busy_s=2.0, peak_bytes={"learn": 2_100_000_000})
     """
 
-    tokens: int  # response tokens; of a scorer, all tokens of the sequences
+    tokens: int  # response tokens that were processed; for a scorer, all tokens of the sequences
     busy_s: float  # by the worker's clock
-    peak_bytes: dict[str, int]  # the most memory in each phase; empty: it is not measured
+    peak_bytes: dict[str, int]  # peak memory by phase; empty: not measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """What an engine of vLLM did since its last report, in steps of the engine. engine, scorer ->
-    controller, within a header.
+    """Statistics of a vLLM engine over its steps since the last report. engine, scorer ->
+    controller, inside a header.
 
-    The largest values are of what is there after a step, when finished requests have left the KV
-    cache.
+    kv_use and waiting are read after each step, when finished requests have left the KV cache.
     """
 
     kv_use: float = 0.0  # largest share of the KV cache's blocks that were in use, 0 to 1
-    running: int = 0  # most requests of a step, those included that finished in it
+    running: int = 0  # most requests in a step, including those that finished in it
     waiting: int = 0  # most requests that waited after a step
-    preemptions: int = 0  # how often a request lost its place in the KV cache, and began again
-    prefix_queries: int = 0  # tokens of the prompts that were looked up in the prefix cache
-    prefix_hits: int = 0  # of these, the tokens that were found
+    preemptions: int = 0  # how often a request lost its place in the KV cache and was restarted
+    prefix_queries: int = 0  # prompt tokens that were looked up in the prefix cache
+    prefix_hits: int = 0  # how many of these were found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,10 +250,10 @@ class ScoreHeader:
     """The sizes and time of one TokenScores. scorer -> controller."""
 
     teacher: str
-    nbytes: dict[str, int]  # of the scores in the object store, by the objective's signal
+    nbytes: dict[str, int]  # size of the scores in the object store, by the objective's signal
     score_s: float  # duration of the call, by the scorer's clock
-    engine: EngineStats | None = None  # None: no engine of vLLM computed the scores
-    work: Work | None = None  # None: it was not measured
+    engine: EngineStats | None = None  # None: no vLLM engine computed the scores
+    work: Work | None = None  # None: not measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,9 +270,9 @@ class Rewards:
     parts: Float  # [P, N] each function's own value; NaN where it failed or does not apply
     errors: Bool  # [N] some function failed or timed out
     keep: Bool  # [N] False: on_error=drop_group excludes the sequence's whole group from training
-    # [N] size of the text after compression by zlib, over its size; NaN where there is no text
+    # [N] zlib-compressed size of the text divided by its size; NaN where there is no text
     compressed: Float
-    # [N] share of the 4-grams of tokens that occurred earlier in the response; NaN below 4 tokens
+    # [N] share of the token 4-grams that occurred earlier in the response; NaN below 4 tokens
     repeated: Float
 
 
@@ -289,33 +289,33 @@ class ChunkHeader:
     response_lengths: Int  # [N] tokens that the model wrote
     truncated: Bool  # [N]
     aborted: Bool  # [N] no response: its whole group is never trained on
-    # [N] least weight version that sampled one of its tokens; NO_VERSION where it has no tokens
+    # [N] oldest weight version that sampled a token of the response; NO_VERSION without tokens
     oldest_version: Int
-    newest_version: Int  # [N] greatest such version; -1 where it has no tokens
+    newest_version: Int  # [N] newest such version; -1 without tokens
     mean_policy_version: float  # over response tokens; -1 without any
     nbytes: int  # of the batch in the object store
     # [N] seconds from the order's arrival to the response's end, by the engine's clock; 0 for data
     finish_s: Float
-    engine: EngineStats | None = None  # None: the responses are the data's
-    work: Work | None = None  # None: the responses are the data's
+    engine: EngineStats | None = None  # None: the responses come from the data
+    work: Work | None = None  # None: the responses come from the data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredBatch:
-    """Whole groups with their scores and rewards, as a learner rank joins them.
+    """Whole groups with their scores and rewards, joined by a learner rank.
 
-    All parts are about the same N sequences in the same order.
+    All fields are about the same N sequences in the same order.
     """
 
     rollout: RolloutBatch
     scores: tuple[TokenScores, ...]  # one per teacher, in the order of UpdatePlan.teacher_weights
     rewards: Rewards
-    # [R] the learner's own log p(y_t), and its value head before y_t, both by the weights that the
-    # update begins with; None unless the objective needs one of them
+    # [R] the learner's own log p(y_t), and the output of its value head before y_t, both with the
+    # weights at the start of the update; None unless the objective needs one of them
     learner_logprobs: Float | None = None
     learner_values: Float | None = None
-    # [R] the learner's log p(y_t) before the batch's first update; None: it is not needed, or there
-    # is no update
+    # [R] the learner's log p(y_t) before the batch's first update; None: not needed, or there is no
+    # update
     old_logprobs: Float | None = None
 
 
@@ -323,9 +323,9 @@ class ScoredBatch:
 class GenerateOrder:
     """How to sample one chunk of a wave. controller -> rollout.
 
-    An engine starts decoding when all `num_chunks` chunks of its wave have arrived and takes them
-    in order, so which requests share a forward pass, and with it every bit of the result, does not
-    depend on arrival times.
+    An engine starts decoding when all `num_chunks` chunks of its wave have arrived, and takes them
+    in order. So arrival times do not decide which requests share a forward pass, and every bit of
+    the result is reproducible.
     """
 
     wave: str  # e.g. "train-12", "eval-20"
@@ -333,9 +333,9 @@ class GenerateOrder:
     num_chunks: int
     group_size: int  # K samples for each prompt
     temperature: float  # 0: greedy
-    max_new_tokens: int  # of a whole response, its observations included
-    seed: int  # of the run and wave; that of a completion derives from it, uid, sample and turn
-    support: int = 0  # how many of the most likely tokens are reported with each response token
+    max_new_tokens: int  # of a whole response, including its observations
+    seed: int  # of the wave; a completion's is derived from it and the uid, sample and turn
+    support: int = 0  # number of most likely tokens to report with each response token
     priority: int = 0  # an engine schedules the requests with the lowest number first
 
 
@@ -349,13 +349,13 @@ class WeightManifest:
     offsets: tuple[int, ...]  # in bytes; tied weights have the same offset
     nbytes: int
     digest: str  # XXH3-128 of the buffer, hex
-    version: int  # of the weights: the number of batches that they learned from
+    version: int  # of the weights: the number of batches that they were trained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdatePlan:
-    """One mini-batch and how the learner updates on it; a batch is one or several of them. All
-    counts are over the mini-batch's groups on all ranks. controller -> every learner rank.
+    """How the learner updates on one mini-batch of a batch. All counts are over the mini-batch's
+    groups on all ranks. controller -> every learner rank.
     """
 
     step: int  # of the batch
@@ -373,15 +373,16 @@ class UpdatePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """The updates of one batch as the controller orders them. controller -> every learner rank.
+    """The mini-batches of one batch and the order of the updates on them. controller -> every
+    learner rank.
 
     Example: train.updates_per_batch=2 and train.epochs_per_batch=2 give two mini-batches and four
     updates, e.g. order (0, 1, 1, 0).
     """
 
     mini_batches: tuple[UpdatePlan, ...]
-    order: tuple[int, ...]  # of each update, its mini-batch
-    token_samples: int = 0  # how many responses the first rank returns with each of their tokens
+    order: tuple[int, ...]  # the index of each update's mini-batch
+    token_samples: int = 0  # number of TokenSamples that the first rank returns
 
     @property
     def step(self) -> int:
@@ -400,49 +401,48 @@ class BatchPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSample:
-    """A response that a step learned from, with student against teacher at each of its tokens.
-    learner -> controller, which receives no more than a few -> samples/tokens_NNNNNN.jsonl, report.
+    """A response that a step learned from, with the log-ratio of student and teacher at each token.
+    learner -> controller, which receives only a few -> samples/tokens_NNNNNN.jsonl, report.
 
     Example: tokens ("7", "*3"), log_ratios (0.5, -1.0): the student made "7" e^0.5 times as likely
     as the teacher does, and "*3" e^-1 times.
     """
 
-    step: int  # the batch is that of the step with this number, from 1
+    step: int  # number of the step, counted from 1
     uid: str  # of the prompt
     prompt: str
     teacher: str
     tokens: tuple[str, ...]  # [r] the text of each response token
-    log_ratios: tuple[float, ...]  # [r] log pi - log q in nats, by the student that sampled it
+    log_ratios: tuple[float, ...]  # [r] log pi - log q in nats; pi is the student that sampled it
     reward: float  # NaN: the reward call failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerStats:
-    """The measurements of a batch's updates, over all ranks and equal on each.
-    learner -> controller.
+    """The measurements of a batch's updates, computed over all ranks. learner -> controller.
 
     `metrics` is only reported; the controller's decisions depend on the other fields.
     """
 
-    # Mean |log p - log mu| in nats, of the first update, over the tokens that the student sampled
+    # Mean |log p - log mu| in nats in the first update, over the tokens that the student sampled
     # with the weights that this step updates; None: there is no such token.
     logprob_gap: float | None
     token_kl: float | None  # nats, mean over tokens; None: no teacher was compared over its rows
     sparse_norm: float  # of the gradient of rewards and costs at the logits
-    metrics: dict[str, float]  # by their keys in the step's row; absent: nothing was measured
+    metrics: dict[str, float]  # keyed as in the step's row; absent: not measured
     learn_s: float  # duration of the updates, by the rank's clock
     optimizer_steps: int  # steps that the optimizer has taken since the run began
     # One sentence for each update that was left out because its gradient was not finite.
     left_out: tuple[str, ...] = ()
-    unlearned: tuple[int, ...] = ()  # the mini-batches of which every update was left out
-    token_samples: tuple[TokenSample, ...] = ()  # as BatchPlan asks; of the first rank alone
-    work: tuple[Work, ...] = ()  # of each rank; of held-out data: empty
+    unlearned: tuple[int, ...] = ()  # indices of the mini-batches whose updates were all left out
+    token_samples: tuple[TokenSample, ...] = ()  # as many as BatchPlan asks; on the first rank only
+    work: tuple[Work, ...] = ()  # one of each rank; empty for held-out data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedFile:
-    """A file of a checkpoint as its writer wrote it. learner, scorer -> controller, which compares
-    it with the file on disk.
+    """The size and digest of a checkpoint's file, from its writer. learner, scorer -> controller,
+    which compares them with the file on disk.
     """
 
     name: str
@@ -451,15 +451,15 @@ class SavedFile:
 
 
 Files: TypeAlias = Callable[[], Sequence[SavedFile]]
-"""Waits until a writer's files are written and synced to disk, and returns them. It raises
-CheckpointError if one cannot be written.
+"""A function that waits until a writer's files are written and synced to disk and returns them. It
+raises CheckpointError if a file cannot be written.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One response as text, held-out or of the training. controller -> samples/step_NNNNNN.jsonl,
-    tables of trackers, report.
+    """One response as text, from an evaluation or from training. controller ->
+    samples/step_NNNNNN.jsonl, tables of trackers, report.
     """
 
     step: int
@@ -481,12 +481,14 @@ class RunInfo:
     run_dir: str
     name: str
     total_steps: int
-    first_step: int  # number of steps already done: 0, or the checkpoint's step
+    first_step: int  # number of steps that are already done: 0, or the checkpoint's step
     config: dict[str, Any]  # resolved, without secrets
 
 
 def per_token_bytes(value: object) -> int:
-    """Bytes of the per-token columns in `value`, which the controller must never fetch."""
+    """The size of the arrays in `value` if it is a RolloutBatch or TokenScores, which the
+    controller must never fetch; 0 for any other value.
+    """
     if isinstance(value, RolloutBatch | TokenScores):
         return sum(
             a.nbytes for f in fields(value) if isinstance(a := getattr(value, f.name), np.ndarray)

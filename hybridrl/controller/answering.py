@@ -16,7 +16,9 @@ from hybridrl.settings.rewards import RewardFunctionConfig
 from hybridrl.types import FinishReason, Prompt, Rewards, RolloutBatch
 
 RESULTS_SHARE = 1 / 32
-"""The part of the answers under way that is waited for at once, since each wait examines all."""
+"""The share of the pending answers that one wait waits for. Each wait examines all of them, so
+waiting for single answers would take quadratic time.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +33,14 @@ class Answer:
     responses: tuple[str, ...]  # [K] without special tokens
     finish_reasons: tuple[FinishReason, ...]  # [K]
     lengths: tuple[int, ...]  # [K] tokens that the model wrote, its end token included
-    # [K] by the name of each reward function whose route takes the prompt, NaN where it failed;
-    # empty: there is no function
+    # The [K] values of each reward function whose route takes the prompt, by its name; NaN where it
+    # failed; empty: there is no function
     rewards: dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wave:
-    """Prompts that one engine samples together, and no others meanwhile."""
+    """Prompts that one engine samples together, without any others at the same time."""
 
     number: int
     prompts: tuple[Prompt, ...]
@@ -53,14 +55,14 @@ class Wave:
 
 
 def waves_of(prompts: Sequence[Prompt], size: int, done: frozenset[str]) -> list[Wave]:
-    """The waves in which some answer is wanted.
+    """Divide prompts into waves, and return those in which an answer is still wanted.
 
     Example: prompts a to e in waves of two, of which a, b and c are done: waves 1 (c and d, d is
     wanted) and 2 (e).
 
     Args:
-        size: the number of prompts in each wave but the last.
-        done: uids of the prompts that have an answer already.
+        size: the number of prompts in each wave except the last.
+        done: uids of the prompts that already have an answer.
     """
     waves = []
     for number, start in enumerate(range(0, len(prompts), size)):
@@ -91,7 +93,7 @@ class Unfinished:
 
     @property
     def call(self) -> Pending:
-        """The call that is waited for."""
+        """The pending call: the reward call if it has started, otherwise the sampling."""
         return self.chunk.header if self.rewards is None else self.rewards
 
     @property
@@ -101,16 +103,16 @@ class Unfinished:
 
 
 class Answering:
-    """Has the engines answer prompts, wave by wave.
+    """Lets the engines answer prompts, wave by wave.
 
     consumes waves / produces answers as they finish, and calls to the reward workers / waits for a
-    part of the answers under way / unblocked by these, and by the failure of a worker: it is
-    replaced, and the whole wave of a failed engine is sampled again.
+    share of the pending answers / unblocked by these answers, and by the failure of a worker: the
+    worker is replaced, and the whole wave of a failed engine is sampled again.
 
     Args:
-        rewards: judge the responses; None: they are not judged.
-        tokenizer: of the responses.
-        check: called every WATCH_S while waiting; what it raises ends the wait.
+        rewards: the workers that judge the responses; None: they are not judged.
+        tokenizer: decodes the responses.
+        check: called every WATCH_S while waiting; an exception from it ends the wait.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class Answering:
         self.check = check
 
     def answers(self, waves: Sequence[Wave], decoding: Decoding) -> Iterator[list[Answer]]:
-        """Lists of answers that finished at about the same time.
+        """Yield the answers, in lists of those that finished at about the same time.
 
         Raises:
             DataError: an engine refused a prompt.
@@ -161,8 +163,8 @@ class Answering:
         """Wait for some of the answers under way.
 
         Returns:
-            The answers, what is still under way, and the waves of failed engines, in which only the
-            answers that failed are wanted.
+            The finished answers, the unfinished ones, and the waves of failed engines, in which
+            only the failed answers are wanted.
         """
         count = max(int(RESULTS_SHARE * len(under_way)), 1)
         results, failures = settle([u.call for u in under_way], self._watch, count)
@@ -196,7 +198,7 @@ class Answering:
         return self.rollout.silent()
 
     def _replace(self, error: WorkerError) -> None:
-        """Start another worker in the place of the one that failed."""
+        """Replace the worker that failed."""
         if self.rewards is not None and error.worker in self.rewards.group.names:
             self.rewards.lose(error, self.check)
         else:

@@ -1,4 +1,4 @@
-"""The coefficients of the objective at each step, and their state."""
+"""The scheduled coefficients of the objective at each step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,19 +9,18 @@ from hybridrl.settings.choices import ScheduleKind
 from hybridrl.settings.run import RunSettings
 
 UNMEASURED_STEPS = 20
-"""The number of steps after which a feedback schedule must have had a value of its metric.
+"""The number of steps within which the metric of a feedback schedule must be measured once.
 
-Not every step measures every metric: there are no rewards where all responses of a step came from
-the data.
+Not every step measures every metric: a step whose responses all come from the data has no rewards.
 """
 
 
 class Coefficients:
-    """Every schedule of a run: lambda, the imitation weight, one per teacher and one per reward
-    function.
+    """All schedules of a run: of lambda, of the imitation weight, of each teacher and of each
+    reward function.
 
     Feedback schedules follow a metric of the user's choice. `observe` is the only place where
-    metrics affect the training.
+    metrics affect training.
     """
 
     def __init__(self, settings: RunSettings) -> None:
@@ -44,7 +43,7 @@ class Coefficients:
             for schedule in settings.schedules.values()
             if schedule.kind is ScheduleKind.feedback and schedule.metric is not None
         }
-        """Metrics that no step of this process has measured yet, with the number of steps."""
+        """Metrics that no step of this process has measured yet, with the number of those steps."""
 
     def reward(self, step: int) -> float:
         """lambda, the weight of the reward, at a step."""
@@ -70,8 +69,8 @@ class Coefficients:
         """Adjust the feedback schedules by the metrics of the step that used them.
 
         Raises:
-            MetricError: the first UNMEASURED_STEPS steps, or as many as lie between two
-                diagnostics, measured nothing under the name that a schedule follows.
+            MetricError: the metric that a schedule follows was not measured in the first steps of
+                this process, UNMEASURED_STEPS or diagnostics.every of them, whichever is more.
         """
         self.unmeasured = {
             metric: steps + 1 for metric, steps in self.unmeasured.items() if metric not in row

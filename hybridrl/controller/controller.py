@@ -1,5 +1,5 @@
-"""The central loop. It holds headers and references; tokens, log-probs and weights go from worker
-to worker.
+"""The training loop. It holds only headers and references; tokens, log-probs and weights go from
+worker to worker.
 """
 
 import logging
@@ -74,8 +74,8 @@ from hybridrl.types import (
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, Mapping[str, float]], object]
-"""A function of the caller's that is called after each step with the steps done and the step's row
-of metrics. What it returns is ignored.
+"""A function of the caller. It is called after each step with the number of steps done and the
+step's row of metrics. Its return value is ignored.
 """
 
 
@@ -86,9 +86,9 @@ class Controller:
                                   +-> rewards -> rewards -+-> learner -> weights -> rollout
 
     Arrows between workers are object-store references. Scoring of a chunk starts when the chunk is
-    done, while others are still generated; learning starts when the header of every chunk has
-    arrived, with the chunks in prompt order. With pipeline.ahead > 0 the prompts of the next steps
-    are sampled while the learner works.
+    done, while others are still being sampled; learning starts when the headers, rewards and scores
+    of all chunks exist, with the chunks in prompt order. With pipeline.ahead > 0 the responses of
+    the next steps are sampled while the learner works.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class Controller:
         Args:
             backend: how weights reach the engines.
             heldout: problems of the evaluations.
-            sets: named sets of further ones.
+            sets: further, named sets of held-out problems.
             inputs: digests of the run's inputs (run_dir.inputs.digests), stored in checkpoints.
-            on_step: called after each step, once it is logged and saved; None: nothing is called.
+            on_step: called after each step, once it is logged and any checkpoint of it is begun.
         """
         self.settings = settings
         self.workers = workers
@@ -152,15 +152,15 @@ class Controller:
         self.warned_of_rounding = False
 
     def step(self, started: float | None = None) -> dict[str, float]:
-        """One batch.
+        """Train on one batch.
 
-        consumes prompts / produces the updates of the batch, their weights on every engine, and a
+        consumes prompts / produces the updates of the batch, the new weights on every engine, and a
         row of metrics / waits for engines, reward workers, scorers, the learner, and the engines
         again.
 
         Args:
-            started: time.perf_counter() when its step began, with a batch that was skipped before;
-                None: it begins now.
+            started: time.perf_counter() at the start of the step, which includes batches that were
+                skipped just before; None: now.
 
         Raises:
             SkippedStep: nothing could be learned from the batch.
@@ -201,8 +201,8 @@ class Controller:
         return row
 
     def _show_rollouts(self, sampled: Sampled) -> None:
-        """Give sinks some responses of the step as text, where that is due. If the reward worker
-        fails that decodes them, it is replaced, and this step shows none.
+        """Every tracking.rollouts_every steps, give the sinks some responses of the step as text.
+        If the reward worker that decodes them fails, it is replaced and this step shows none.
         """
         tracking = self.settings.tracking
         if not tracking.rollouts_every or self.steps_done % tracking.rollouts_every:
@@ -216,21 +216,22 @@ class Controller:
         self.sinks.rollouts(rows)
 
     def run(self) -> None:
-        """Train to train.steps from the present state, or until on_step raises StopTraining;
-        evaluate, checkpoint and log on the way.
+        """Train from the present state until train.steps are done or on_step raises StopTraining;
+        evaluate, save checkpoints and log on the way.
 
         consumes prompts / produces rows, samples and checkpoints / waits for each step / unblocked
-        by a stop signal, which takes effect at the places where nothing would be lost.
+        by a stop signal, which takes effect at the next point where nothing would be lost.
 
         Raises:
             Exception: of any type, as on_step raised it; what was learned so far is saved, or a
                 note says why not.
             Preempted: a stop signal arrived; what was learned so far is saved.
-            RunDirectoryTaken: another directory has the path of the run's; nothing is saved there.
-            RunDirectoryError: the run directory or a file of it was removed, moved or replaced.
+            RunDirectoryTaken: another directory is at the path of the run directory; nothing is
+                saved there.
+            RunDirectoryError: the run directory or a file in it was removed, moved or replaced.
                 What was learned so far is saved under its path.
-            CheckpointError: the last checkpoint of the run cannot be written, or that of a stop
-                signal or a removed directory, which the message names too.
+            CheckpointError: the last checkpoint cannot be written. If the run was ending because of
+                a stop signal or a removed directory, the message says that too.
         """
         try:
             self._train()
@@ -274,7 +275,7 @@ class Controller:
         """Save what was learned when `end` stops the run.
 
         Raises:
-            CheckpointError: it cannot be written; the message has that of `end` too.
+            CheckpointError: the checkpoint cannot be written; the message includes that of `end`.
         """
         try:
             self.save_unsaved(row)
@@ -286,7 +287,8 @@ class Controller:
         """Call the caller's function with a copy of the row.
 
         Raises:
-            Exception: as on_step raised it, after a checkpoint; a note says whether it is written.
+            Exception: as on_step raised it, after an attempt to save a checkpoint; a note says
+                whether that succeeded.
         """
         try:
             on_step(self.steps_done, dict(row))
@@ -304,8 +306,11 @@ class Controller:
             raise
 
     def _step_or_skip(self) -> dict[str, float]:
-        """A step. Up to train.max_skipped batches in a row are skipped if nothing can be learned
-        from them.
+        """Run a step and return its row of metrics. Up to train.max_skipped batches in a row are
+        skipped if nothing can be learned from them.
+
+        Raises:
+            SkippedStep: nothing can be learned from one batch more.
         """
         started = time.perf_counter()
         for skips_left in reversed(range(1 + self.settings.train.max_skipped)):
@@ -324,8 +329,8 @@ class Controller:
         return self.settings.train.prompts_per_step
 
     def _sample(self) -> Sampled:
-        """Wait for rollouts and their rewards. Further waves are drawn while too few groups are
-        usable, as far as algorithm.dynamic_sampling and pipeline.on_stale make that normal.
+        """Wait for rollouts and their rewards. While too few groups are usable, draw further waves:
+        at most algorithm.dynamic_sampling, or 1 if that is 0 and pipeline.on_stale=drop.
         """
         settings = self.settings
         step = self.steps_done
@@ -374,8 +379,8 @@ class Controller:
         )
 
     def _planned(self, used: Sequence[Arrived]) -> tuple[GlobalBatch, BatchPlan]:
-        """The mini-batches of the used groups, and the order of their updates, which depend on the
-        run's seed and the step alone.
+        """Divide the used groups into mini-batches and order the updates on them. The random
+        choices depend only on the run's seed and the step.
         """
         train = self.settings.train
         seed = wave_seed(self.settings.run.seed, "updates", self.steps_done)
@@ -394,7 +399,7 @@ class Controller:
         return batch, plan
 
     def _learn(self, sampled: Sampled) -> Update:
-        """The updates of a batch of the first groups that can be used.
+        """Update the student on a batch of the first usable groups.
 
         Raises:
             SkippedStep: no gradient is finite; the prompts are not lost.
@@ -417,8 +422,8 @@ class Controller:
         return Update(batch=batch, plan=plan, probe_gap=probe_gap, stats=stats)
 
     def _record(self, sampled: Sampled, update: Update) -> None:
-        """Count the step, and account for every prompt that was drawn for it. Prompts of a
-        mini-batch that no update learned from are passed over.
+        """Count the step, and record in the ledger what happened to every prompt that was drawn for
+        it. Prompts of a mini-batch that no update learned from are recorded as passed over.
         """
         self.steps_done += 1
         self.optimizer_steps = update.stats.optimizer_steps
@@ -437,7 +442,9 @@ class Controller:
         return published
 
     def publish_weights(self) -> Published:
-        """Send the weights to every engine; step k samples its rollouts with version k."""
+        """Send the weights to every engine. Their version is the number of steps done, so with
+        schedule=sync step k (from 0) samples with version k.
+        """
         self.weight_version = self.steps_done
         self._enter(Phase.sync)
         started = time.perf_counter()
@@ -449,21 +456,23 @@ class Controller:
         return Published(nbytes=nbytes, seconds=seconds)
 
     def begin(self) -> None:
-        """Give the engines the weights before the first step of a session. What that takes is in no
-        step's row.
+        """Give the engines the weights before the first step of a session. The time for that is
+        counted in no step's row.
         """
         self.publish_weights()
         self.clock.take()
 
     def _enter(self, phase: Phase) -> None:
-        """Engines and learner that take turns on GPUs make room for each other."""
+        """Begin a phase. With cluster.take_turns, this moves engines and learner off or onto the
+        GPUs that they share.
+        """
         if self.workers.residency.takes_turns:
             with self.clock.phase("turn"):
                 self.workers.enter(phase)
 
     def _check_reward_errors(self, rewards: Sequence[Rewards]) -> None:
-        judged = [r.errors for r in rewards if r.part_names]  # no function judges the data's own
-        if not judged or not self.learns_from_rewards:  # not learned from: only reported
+        judged = [r.errors for r in rewards if r.part_names]  # without those of data: only ranks
+        if not judged or not self.learns_from_rewards:  # rewards that are only reported may fail
             return
         rate = float(np.concatenate(judged).mean())
         limit = self.settings.reward.max_error_rate
@@ -474,7 +483,7 @@ class Controller:
             )
 
     def _warn_of_rounding(self, stats: LearnerStats) -> None:
-        """Log the warning of rounding_warning, at most once in a run."""
+        """Log the warning of rounding_warning, at most once in a session."""
         if self.warned_of_rounding:
             return
         sentence = rounding_warning(self.settings, stats, self.learner.device)
@@ -483,7 +492,7 @@ class Controller:
             self.warned_of_rounding = True
 
     def evaluate(self) -> dict[str, float]:
-        """The metrics of the held-out problems and sets; samples go to the sinks."""
+        """Evaluate the held-out problems and sets. Samples go to the sinks; returns the metrics."""
         with self.clock.phase("eval"):
             self.probe.check()
             result = self.evaluator.evaluate(self.steps_done)
@@ -493,18 +502,20 @@ class Controller:
     # -- state -------------------------------------------------------------------------------------
 
     def save(self, row: Mapping[str, float], *, last: bool) -> None:
-        """Save a checkpoint. With checkpoint.background it is written while the run goes on, and
-        the last one before this returns; the time that it holds the run appears in the next row.
+        """Save a checkpoint. With checkpoint.background and without `last`, it is written while the
+        run goes on; otherwise this returns when it is written. The time that the run waits for it
+        appears in the next row.
 
         If it cannot be written, the log reports it and the run continues to the next checkpoint,
         since the older ones are undamaged. A scorer that fails at the beginning is replaced.
 
         Args:
-            row: the step's metrics, where checkpoint.best looks its metric up.
+            row: the step's metrics, among which is the one that checkpoint.best names.
+            last: whether it is the last checkpoint of the run or of its session.
 
         Raises:
-            CheckpointError: the last checkpoint of the run or of its session cannot be written.
-            RunDirectoryTaken: another directory has the path of the run's.
+            CheckpointError: the checkpoint cannot be written, and `last` is true.
+            RunDirectoryTaken: another directory is at the path of the run directory.
             WorkerError: a learner rank failed.
         """
         self.ledger.check_folder()
@@ -523,7 +534,7 @@ class Controller:
                 )
 
     def save_unsaved(self, row: Mapping[str, float]) -> None:
-        """Save a checkpoint, as `save` does the last one, unless the newest one is of this step."""
+        """Save a last checkpoint as `save` does, unless the newest one is of this step."""
         self.saving.settle_logged()
         if self.steps_done > self.saving.saved_step:
             self.save(row, last=True)
@@ -561,9 +572,9 @@ class Controller:
         """Continue from a checkpoint.
 
         Raises:
-            CheckpointError: a part of the controller has no state there or one of another form, or
-                the workers cannot load their state.
-            DataError: the state is of other prompts.
+            CheckpointError: the state of a part of the controller is missing or has another form,
+                or the workers cannot load their state.
+            DataError: the state belongs to other prompts.
         """
         if missing := self.stateful.keys() - state.parts.keys():
             raise CheckpointError(
@@ -579,7 +590,7 @@ class Controller:
         for name, part in self.stateful.items():
             try:
                 part.load_state_dict(state.parts[name])
-            except DataError:  # of other prompts, which its message says
+            except DataError:  # the state belongs to other prompts, as its message says
                 raise
             except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
                 raise CheckpointError(
@@ -593,6 +604,6 @@ class Controller:
 
 
 def driver_trace(settings: RunSettings) -> Trace:
-    """The trace of the phases; one that records nothing without diagnostics.trace."""
+    """The trace of the step's phases, which records nothing unless diagnostics.trace is set."""
     path = Path(settings.run.dir) / "logs" / f"{DRIVER}{SUFFIX}"
     return Trace(path if settings.diagnostics.trace else None)

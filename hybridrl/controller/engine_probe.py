@@ -17,11 +17,11 @@ TOKENS = 4
 
 
 class EngineProbe:
-    """After a sync every engine samples a few tokens, and the learner computes its own log-probs of
-    them.
+    """After a sync, lets every engine sample a few tokens and the learner compute its own log-probs
+    of them.
 
-    consumes the first prompts of the data, always the same / produces one gap per engine /
-    `start` waits for the engines, `check` for the learner.
+    consumes always the same first prompts of the data / produces one gap per engine / `start` waits
+    for the engines, `check` for the learner.
     """
 
     def __init__(self, settings: RunSettings, workers: Workers, prompts: Sequence[Prompt]) -> None:
@@ -46,10 +46,14 @@ class EngineProbe:
         self.gaps = self.workers.learner.logprob_gaps(list(chunks.values()))
 
     def check(self) -> float:
-        """Wait for the learner's log-probs; the largest mean gap of an engine, in nats a token.
+        """Wait for the learner's log-probs.
+
+        Returns:
+            The largest mean gap of an engine, in nats a token; 0 if no probe has started.
 
         Raises:
-            WeightSyncError: a gap is above rollout.max_logprob_gap; names the engine.
+            WeightSyncError: a gap is above rollout.max_logprob_gap, or NaN; the message names the
+                engine.
         """
         limit = self.settings.rollout.max_logprob_gap
         per_rank: list[list[float]] = gather(self.gaps)

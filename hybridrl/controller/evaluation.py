@@ -1,4 +1,4 @@
-"""Held-out problems and sets of them through the same engines and rewards as training."""
+"""Evaluation on held-out problems and named sets, with the engines and rewards of training."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,9 @@ from hybridrl.types import Float, Prompt, Rewards, Sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What an evaluation measured, and the rollouts that are saved to read."""
+    """The metrics of an evaluation, and some of its responses as text."""
 
-    # eval/accuracy and its like; empty without a reward function
+    # eval/accuracy, eval/error_rate, ...; empty without a reward function
     metrics: dict[str, float]
     samples: tuple[Sample, ...]
 
@@ -43,12 +43,12 @@ def evaluate(
 
     Args:
         wave: a name that no other wave under way has.
-        step: optimizer steps done, for the samples.
+        step: training steps done, which the samples record.
         temperature: used when sampling is not greedy.
         watch: as in runtime.calls.settle.
 
     Raises:
-        WorkerError: naming the engine or reward worker that failed.
+        WorkerError: an engine or reward worker failed; the error names it.
     """
     settings = rewards.settings
     chunks = rollout.generate(
@@ -57,7 +57,7 @@ def evaluate(
         group_size=1,
         temperature=0.0 if config.greedy else temperature,
         seed=seed,
-        # As many responses as in a chunk of training, for which the deadlines are.
+        # As many responses per chunk as in training, since the deadlines are chosen for those.
         groups_per_chunk=settings.rollout.groups_per_chunk * settings.train.samples_per_prompt,
     )
     functions = settings.reward.functions
@@ -75,7 +75,7 @@ def evaluate(
 
 
 def with_questions(samples: Sequence[Sample], prompts: Sequence[Prompt]) -> list[Sample]:
-    """The samples with the question and the reference answer of their prompts."""
+    """Add the question and the reference answer of its prompt to each sample."""
     by_uid = {prompt.uid: prompt for prompt in prompts}
     return [
         replace(s, question=by_uid[s.uid].question, answer=by_uid[s.uid].answer) for s in samples
@@ -91,16 +91,16 @@ def evaluate_set(
     seed: int,
     watch: Callable[[], Pending | None] = watch_nothing,
 ) -> dict[str, float]:
-    """Sample the responses to a set and judge them.
+    """Sample the responses to a held-out set and judge them.
 
     Args:
-        wave, watch: as of `evaluate`.
+        wave, watch: as in `evaluate`.
 
     Returns:
         The metrics of SetStatistics.
 
     Raises:
-        WorkerError: naming the engine or reward worker that failed.
+        WorkerError: an engine or reward worker failed; the error names it.
     """
     chunks = rollout.generate(
         held_out.prompts,
@@ -129,8 +129,8 @@ def evaluate_set(
 def judged(
     parts: np.ndarray, held_out: HeldOutSet, functions: Mapping[str, RewardFunctionConfig]
 ) -> np.ndarray:
-    """The values that count of a set's responses: those of its `reward`, else of the first function
-    whose route takes the problem.
+    """The values by which a set's responses are judged: those of the function held_out.reward or,
+    if that is None, of the first function whose route takes the problem.
 
     Args:
         parts: [P, n * k] float64, the value of each function for each response.
@@ -149,16 +149,17 @@ def judged(
 def summary(
     scored: Sequence[Rewards], samples: Sequence[Sample], judges: Mapping[str, int] | None = None
 ) -> Evaluation:
-    """Accuracy is the mean value of the first reward function whose route takes the prompt; a
-    failed call counts in eval/error_rate, not as wrong. With data.sources, each has an accuracy of
-    its own too.
+    """Compute the metrics of an evaluation.
+
+    Accuracy is the mean value of the first reward function whose route takes the prompt; a failed
+    call counts in eval/error_rate, not as wrong. Each of data.sources also has its own accuracy.
 
     Without a reward function nothing is right or wrong: there are no metrics, and the samples'
     rewards are NaN.
 
     Args:
-        scored: of one response for each prompt.
-        judges: as judges_of; None: the first function judges all.
+        scored: the rewards of one response per prompt.
+        judges: the result of judges_of; None: the first function judges all.
     """
     if not scored[0].part_names:
         return Evaluation(metrics={}, samples=tuple(replace(s, reward=math.nan) for s in samples))
@@ -183,8 +184,8 @@ def summary(
 def judges_of(
     prompts: Sequence[Prompt], functions: Mapping[str, RewardFunctionConfig]
 ) -> dict[str, int]:
-    """The index of the reward function by which each prompt's accuracy is measured, by its uid: the
-    first whose route takes the prompt. Absent: no function does.
+    """Map the uid of each prompt to the index of the reward function that measures its accuracy:
+    the first one whose route takes the prompt. Prompts that no function takes are absent.
     """
     routes = [function.route for function in functions.values()]
     return {
@@ -195,10 +196,10 @@ def judges_of(
 
 
 def accuracy_of_sources(uids: Sequence[str], values: Float) -> dict[str, float]:
-    """eval/accuracy_source/NAME of each of data.sources; empty where there is a single source.
+    """eval/accuracy_source/NAME of each of data.sources; empty if there is only one source.
 
     Args:
-        values: [N] of the problems with these uids; NaN: the call failed.
+        values: [N] values of the problems with these uids; NaN: the call failed.
     """
     names = [source_of(uid) for uid in uids]
     metrics = {}

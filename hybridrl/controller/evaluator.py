@@ -1,4 +1,4 @@
-"""The evaluations of a run: held-out problems and named sets of them, by the run's own workers."""
+"""The evaluations of a run on held-out problems and named sets, by the run's own workers."""
 
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -23,8 +23,8 @@ class Evaluator:
     """Judges the student by problems that it is not trained on.
 
     consumes held-out prompts / produces metrics / waits for engines and reward workers, and for
-    scorers and the learner where the run learns from data / a worker that fails is replaced, and
-    its part is done again.
+    scorers and the learner if the run learns from data / a worker that fails is replaced, and its
+    part of the evaluation is repeated.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class Evaluator:
     ) -> None:
         """
         Args:
-            heldout: problems of data.*.
-            sets: those of eval.sets.
+            heldout: held-out problems of the settings data.*.
+            sets: the sets of eval.sets.
         """
         self.settings = settings
         self.workers = workers
-        # The step before an evaluation is learned and not logged yet, so no signal ends the waits.
+        # No signal may end the waits, since the step before an evaluation is not logged yet.
         self.sampling = Sampling(settings, workers, None)
         self.coefficients = coefficients
         self.heldout = heldout
@@ -53,7 +53,7 @@ class Evaluator:
         """The metrics of all problems, and samples of the held-out ones.
 
         Args:
-            step: batches that the student has learned from.
+            step: the number of batches that the student has learned from.
         """
         result = self._repeated(f"eval-{step}", lambda wave: self._evaluate(wave, step))
         metrics = result.metrics | self._on_data(self.heldout_data, f"eval-data-{step}", step)
@@ -75,8 +75,8 @@ class Evaluator:
         )
 
     def _evaluate_set(self, held_out: HeldOutSet, step: int) -> dict[str, float]:
-        """The metrics of one set. Without a reward function nothing would judge its responses, so
-        none are sampled.
+        """The metrics of one set. Without a reward function nothing could judge responses, so none
+        are sampled.
         """
         metrics = {}
         kind = seed_kind(held_out.name)
@@ -114,8 +114,8 @@ class Evaluator:
         raise AssertionError("count never ends")
 
     def _on_data(self, prompts: Sequence[Prompt], wave: str, step: int) -> dict[str, float]:
-        """The loss on the data's own responses to held-out prompts (eval/loss, ...); empty where
-        there are none.
+        """The loss on the data's own responses to held-out prompts (eval/loss, ...); empty if
+        `prompts` is empty.
         """
         if not prompts:
             return {}
@@ -138,7 +138,9 @@ class Evaluator:
 
 
 def with_responses(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Those with as many responses as the run learns from; none where it learns from no data."""
+    """The prompts with exactly as many responses as the run learns from; none if the run does not
+    learn from data.
+    """
     if not settings.algorithm.data_fraction:
         return []
     needed = settings.algorithm.responses_per_prompt

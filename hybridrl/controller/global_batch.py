@@ -16,7 +16,7 @@ from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt, UpdatePlan
 
 Place = tuple[int, int]
-"""A group of a step: the index of its chunk in GlobalBatch.used, and its own in the chunk."""
+"""A group of a step: the index of its chunk in GlobalBatch.used, and its index in the chunk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,23 +24,21 @@ class RankShare:
     """The part of a batch that one learner rank trains on."""
 
     chunks: tuple[int, ...]  # which chunks hold the rank's groups: indices into GlobalBatch.used
-    # Of each mini-batch, of each of these chunks, which groups; in a chunk there may be none of a
-    # mini-batch.
+    # groups[m][c]: the indices of the rank's groups of mini-batch m in chunks[c]; may be empty
     groups: tuple[tuple[tuple[int, ...], ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalBatch:
-    """The used groups of a step, by reference, in mini-batches, and each rank's share of them.
+    """The used groups of a step, by reference, divided into mini-batches and among ranks.
 
-    Example: two chunks of two groups each over two ranks, of about the same number of tokens, in
-    one mini-batch: shares[0] may have the groups (((0,), (1,)),) of the chunks (0, 1), and
-    shares[1] the others.
+    Example: two chunks of two groups each, two ranks, one mini-batch: shares[0] may have the groups
+    (((0,), (1,)),) of the chunks (0, 1), and shares[1] the others.
     """
 
     used: Sequence[Arrived]
     mini_batches: Sequence[Sequence[Place]]  # the groups of each, in ascending order
-    shares: Sequence[RankShare]
+    shares: Sequence[RankShare]  # one per rank
 
     def part(self, mini_batches: Sequence[int]) -> list[Arrived]:
         """The used groups of these mini-batches; chunks without one are left out."""
@@ -53,12 +51,12 @@ class GlobalBatch:
 
     @property
     def groups(self) -> list[tuple[tuple[tuple[int, ...], ...], ...]]:
-        """Per rank, of each mini-batch, of each of its chunks which groups are its own."""
+        """groups[rank][m][c]: the indices of the rank's groups of mini-batch m in its chunk c."""
         return [share.groups for share in self.shares]
 
     @property
     def values(self) -> list[list[Reference]]:
-        """Per rank, the references of its chunks: of each the batch, the rewards and each
+        """Per rank, the references of its chunks: for each chunk the batch, the rewards and each
         teacher's scores.
         """
         of_chunk = [
@@ -75,13 +73,13 @@ class GlobalBatch:
 def divide(
     used: Sequence[Arrived], *, num_ranks: int, num_mini_batches: int = 1, seed: int = 0
 ) -> GlobalBatch:
-    """Cut the groups of a step into mini-batches at random, and give each rank whole groups of each
-    one, so that all have about the same number of tokens.
+    """Cut the groups of a step into mini-batches at random, and divide the groups of each among the
+    ranks so that all ranks have about the same number of tokens.
 
     Args:
-        num_mini_batches: how many, as far as there is a group for each; their numbers of groups
-            differ by at most one.
-        seed: of the random cut.
+        num_mini_batches: fewer result if there are fewer groups; the numbers of groups differ by at
+            most one.
+        seed: seed of the random cut.
     """
     tokens = {
         (chunk, group): int(n)
@@ -119,8 +117,8 @@ def rank_share(mini_batches: Sequence[Sequence[Place]]) -> RankShare:
 
 
 def update_order(num_mini_batches: int, epochs: int, seed: int) -> tuple[int, ...]:
-    """The mini-batch of each update: all of them in every epoch. The first epoch has them as they
-    were cut, at random, and each later one in a random order.
+    """The index of the mini-batch of each update. Every epoch has all of them: the first one in the
+    order of the (random) cut, each later one in a new random order.
     """
     rng = np.random.default_rng(seed)
     later = [rng.permutation(num_mini_batches).tolist() for _ in range(epochs - 1)]
@@ -136,10 +134,10 @@ def update_plan(
     step: int,
     num_groups: int,
 ) -> UpdatePlan:
-    """The counts of mini-batch `index`, and the coefficients of `step`.
+    """The plan for mini-batch `index`: its counts, and the coefficients of `step`.
 
     Args:
-        num_groups: groups, or pairs, of the mini-batch that the loss is averaged over.
+        num_groups: number of groups, or pairs, of the mini-batch that the loss is averaged over.
     """
     part = batch.part([index])
     keep = [a.of_groups(a.rewards.keep) for a in part]  # per chunk [G', K] bool
@@ -168,10 +166,11 @@ def _num_micro_batches(
     batch: GlobalBatch,
     settings: RunSettings,
 ) -> int:
-    """Forward passes of one rank in one update.
+    """The number of forward passes of one rank in one update.
 
     Args:
-        groups: of each chunk, which of its groups.
+        chunks: the rank's chunks, as in RankShare.
+        groups: the indices of the rank's groups in each of these chunks.
     """
     lengths: list[int] = []
     for chunk, of_chunk in zip(chunks, groups, strict=True):
@@ -184,7 +183,7 @@ def _num_micro_batches(
 
 
 def learning_rate(settings: RunSettings, step: int) -> float:
-    """Linear warm-up, then constant or half a cosine down to lr_end."""
+    """The learning rate at a step: linear warm-up, then constant or half a cosine to lr_end."""
     train = settings.train
     if step < train.lr_warmup_steps:
         return train.lr * (step + 1) / train.lr_warmup_steps
@@ -199,8 +198,8 @@ def trained_uids(
 ) -> tuple[list[str], list[str]]:
     """The uids of the drawn prompts that were trained on, and of those that were passed over.
 
-    A group that is not used, or whose reward failed, is passed over. Prompts that are drawn again
-    are neither.
+    A prompt is passed over if its group is not used or its rewards are not kept. Prompts that are
+    drawn again are in neither list.
     """
     trained = [
         a.header.uids[group]
@@ -213,10 +212,10 @@ def trained_uids(
 
 
 def num_token_samples(settings: RunSettings, step: int) -> int:
-    """Of how many responses of a batch the tokens are recorded.
+    """The number of responses of a batch whose tokens are recorded.
 
     Args:
-        step: optimizer steps done before it.
+        step: the number of training steps done before the batch.
     """
     number = step + 1
     every = settings.eval.every

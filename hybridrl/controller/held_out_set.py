@@ -10,8 +10,8 @@ from hybridrl.types import Prompt
 class HeldOutSet:
     """Problems by which the student is judged, and how it answers them.
 
-    Example: eval.sets.hard={path: hard.jsonl, samples: 4} has the name "hard", the prompts of the
-    rows, and 4 samples.
+    Example: eval.sets.hard={path: hard.jsonl, samples: 4} gives the name "hard", a prompt for each
+    row of the file, and 4 samples.
     """
 
     name: str
@@ -22,5 +22,5 @@ class HeldOutSet:
 
 
 def seed_kind(name: str) -> str:
-    """What the seed of a set's responses depends on, as of pipeline.wave_seed."""
+    """The `kind` that pipeline.wave_seed gets for the responses to a set."""
     return f"eval-{name}"

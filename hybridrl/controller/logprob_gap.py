@@ -1,4 +1,4 @@
-"""How far the engines' log-probs may be from the learner's."""
+"""The check that the engines' log-probs are close to the learner's."""
 
 from hybridrl.core.errors import WeightSyncError
 from hybridrl.types import LearnerStats
@@ -8,8 +8,8 @@ def check_logprob_gap(stats: LearnerStats, limit: float, *, step: int) -> None:
     """Check that the engines sampled with the learner's weights.
 
     Args:
-        stats: of the step; its gap is None where no token was sampled with the weights that
-            the step updates.
+        stats: statistics of the step; their gap is None if no token was sampled with the weights
+            that the step updates.
         limit: rollout.max_logprob_gap, nats a token.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One flat row per step, from headers and scalars alone. Every key is explained in
+"""The row of metrics of a step, computed from headers and scalars only. Every key is explained in
 hybridrl.tracking.glossary.
 """
 
@@ -19,7 +19,7 @@ from hybridrl.tracking.glossary import explain
 from hybridrl.types import BatchPlan, ChunkHeader, LearnerStats, Rewards, ScoreHeader, Work
 
 PASS_MARK = 0.5
-"""A response passes with a reward above this; with rewards of 0 and 1 those of 1 pass."""
+"""A response passes if its reward is above this, so that of rewards 0 and 1 only 1 passes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,18 +33,18 @@ class StepRecord:
     plan: BatchPlan
     stats: LearnerStats
     cost: StepCost
-    probe_gap: float  # nats a token, the largest of an engine
+    probe_gap: float  # nats a token, the largest over the engines
     num_late: int  # groups that were cancelled or too old
     num_sampled: int  # groups, including the cancelled ones
     in_flight_bytes: int  # of the waves of later steps
     materialized_bytes: int  # per-token data that the controller fetched
     restarts: int  # workers that were replaced so far
     step_s: float
-    sync_s: float  # of the step: from the learner's weights to the engines' acknowledgement
+    sync_s: float  # seconds until every engine had acknowledged the new weights
     phases: Mapping[str, float]  # time/<phase>_s
-    # Of each of data.sources, its prompts that were drawn so far over all that it has
+    # For each of data.sources, the number of prompts drawn so far over the number that it has
     epochs: Mapping[str, float] = field(default_factory=dict)
-    work: Sequence[tuple[str, Work]] = ()  # reports, each with the name of its worker
+    work: Sequence[tuple[str, Work]] = ()  # (worker name, report)
 
 
 def check_metrics(settings: RunSettings) -> None:
@@ -54,8 +54,8 @@ def check_metrics(settings: RunSettings) -> None:
     best, without an error.
 
     Raises:
-        ConfigError: one sentence about the first metric that does not exist, or that a feedback
-            schedule follows although not every step measures it.
+        ConfigError: a metric does not exist, or a feedback schedule follows a metric of
+            evaluations, which not every step measures.
     """
     feedback = {
         f"{key}.metric": schedule.metric
@@ -77,9 +77,10 @@ def check_metrics(settings: RunSettings) -> None:
 
 
 def set_metric(metric: str) -> tuple[str, str] | None:
-    """The set and the rest of the name of a held-out set's metric; None: it is another metric.
+    """Split the metric of a held-out set into the set's name and the rest; None: it is another
+    metric.
 
-    Example: ("hard", "pass_at_4") of "eval/hard/pass_at_4".
+    Example: "eval/hard/pass_at_4" -> ("hard", "pass_at_4").
     """
     entry = explain(metric)
     if entry is None or not entry.key.startswith("eval/<set>/"):
@@ -93,7 +94,7 @@ def check_set_metric(key: str, metric: str, of_set: tuple[str, str], settings: R
 
     Args:
         key: the setting that names the metric.
-        of_set: as of set_metric.
+        of_set: the result of set_metric.
 
     Raises:
         ConfigError: there is no such set, or no such k of pass@k.
@@ -137,7 +138,7 @@ def step_row(record: StepRecord) -> dict[str, float]:
 
 
 def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
-    """Rewards of the responses that reward functions scored; empty where there is none."""
+    """Rewards of the responses that reward functions scored; empty if there are none."""
     rewarded = [r for r in rewards if r.part_names]
     if not rewarded:
         return {}
@@ -163,10 +164,11 @@ def reward_metrics(rewards: Sequence[Rewards]) -> dict[str, float]:
 def rollout_metrics(
     headers: Sequence[ChunkHeader], rewards: Sequence[Rewards], version: int
 ) -> dict[str, float]:
-    """Lengths and ends of all responses, and the staleness of those that the student sampled.
+    """Lengths and finish reasons of all responses, and the staleness of those that the student
+    sampled.
 
     Args:
-        version: of the weights that the step updates.
+        version: the version of the weights that the step updates.
     """
     lengths = np.concatenate([h.response_lengths for h in headers])  # [N] int64
     truncated = np.concatenate([h.truncated for h in headers])  # [N] bool
@@ -198,11 +200,11 @@ def rollout_metrics(
 def source_metrics(
     headers: Sequence[ChunkHeader], rewards: Sequence[Rewards], epochs: Mapping[str, float]
 ) -> dict[str, float]:
-    """Share, lengths and rewards of each of data.sources; empty where there is a single source. Of
-    a source without a prompt in the step there are its share and its epochs alone.
+    """Share, epochs, lengths and rewards of each of data.sources; empty if there is only one
+    source. A source without a prompt in the step has only a share and epochs.
 
     Args:
-        epochs: as StepRecord.epochs.
+        epochs: as in StepRecord.
     """
     row: dict[str, float] = {}
     if not epochs:
@@ -228,7 +230,7 @@ def source_metrics(
 
 
 def rewarded_values(rewards: Rewards) -> np.ndarray:
-    """[N] the rewards by reward functions; NaN where a call failed or there is no function."""
+    """[N] the rewards from reward functions; NaN where a call failed or there is no function."""
     if not rewards.part_names:
         return np.full(len(rewards.values), np.nan)
     return np.where(rewards.errors, np.nan, rewards.values)
@@ -248,7 +250,7 @@ def learner_metrics(plan: BatchPlan, stats: LearnerStats) -> dict[str, float]:
 def transfer_metrics(
     headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], cost: StepCost, sync_s: float
 ) -> dict[str, float]:
-    """Bytes that went through the object store, in all and per token that they are about."""
+    """Bytes of rollouts, scores and weights, in total and per token."""
     num_tokens = int(sum(h.num_tokens.sum() for h in headers))
     num_response_tokens = int(sum(h.response_lengths.sum() for h in headers))
     row = {
@@ -267,8 +269,8 @@ def transfer_metrics(
 def worker_times(
     headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader], stats: LearnerStats
 ) -> dict[str, float]:
-    """Times by the workers' own clocks. How long sampled responses took shows stragglers; how long
-    workers were busy shows what overlaps.
+    """Times by the workers' own clocks. The times of sampled responses show stragglers; the busy
+    times of the workers show what overlaps.
     """
     finish_s = [h.finish_s for h in headers if h.source is not Source.data]  # [N] float32 of each
     return {
@@ -279,7 +281,11 @@ def worker_times(
 
 
 def response_times(finish_s: np.ndarray) -> dict[str, float]:
-    """finish_s: [N] seconds that each sampled response took."""
+    """Median, 95th percentile and maximum of the time of a response.
+
+    Args:
+        finish_s: [N] seconds that each sampled response took.
+    """
     return {
         "time/response_s_p50": float(np.percentile(finish_s, 50)),
         "time/response_s_p95": float(np.percentile(finish_s, 95)),

@@ -1,5 +1,5 @@
-"""The queue of waves of responses under way, one for each of the next steps; its length is how far
-sampling runs ahead of learning.
+"""The queue of waves of responses under way, one wave for each of the next steps. Its length is how
+far sampling runs ahead of learning.
 """
 
 import hashlib
@@ -64,9 +64,9 @@ class Pipeline:
         self.limit = settings.pipeline.max_inflight_bytes or STORE_SHARE * store_bytes
         self.waves: deque[Wave] = deque()
         self.current: list[Wave] = []  # taken by the present step, and not trained on yet
-        self.skipped: list[Prompt] = []  # of batches that were skipped since the last step
+        self.skipped: list[Prompt] = []  # of the batches that were skipped since the last step
         self.wave_bytes = 0
-        """size in the object store of a wave of the last step; 0: there was none"""
+        """Size in the object store of a wave of the last step; 0: no step is done yet."""
         self.oversampled = math.ceil(
             round(settings.train.prompts_per_step * (1 + settings.rollout.oversample), 6)
         )
@@ -94,7 +94,7 @@ class Pipeline:
 
     def skip(self, returning: Sequence[Prompt]) -> None:
         """Record that nothing was learned from the current waves. Their prompts count as in flight
-        until a step succeeds, so that no checkpoint loses them; so do those to be drawn again.
+        until a step succeeds, so that no checkpoint loses them; `returning` is drawn again.
         """
         again = {prompt.uid for prompt in returning}
         self.skipped += [
@@ -107,7 +107,7 @@ class Pipeline:
         """Start a wave for `step`.
 
         Args:
-            again: how many waves the same step had before.
+            again: number of earlier waves of the same step.
 
         Raises:
             Preempted: a stop signal came while no engine served; no prompt is lost.
@@ -139,21 +139,25 @@ class Pipeline:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Prompts in flight are saved as prompts to draw again, since responses are not saved."""
+        """The state for a checkpoint. Prompts in flight are saved as prompts to draw again, since
+        responses are not saved.
+        """
         return {"prompts": self.prompts.state_dict(self.in_flight()), "wave_bytes": self.wave_bytes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of a checkpoint.
 
         Raises:
-            DataError: the state is of other prompts.
+            DataError: the state belongs to other prompts.
         """
         self.prompts.load_state_dict(state["prompts"])
         self.wave_bytes = state["wave_bytes"]
 
     @property
     def in_flight_bytes(self) -> int:
-        """Estimated bytes of the waves under way in the object store, each as large as the last."""
+        """Estimated bytes in the object store of the waves of later steps, each as large as a wave
+        of the last step.
+        """
         return len(self.waves) * self.wave_bytes
 
     def _next(self, step: int) -> int:
@@ -163,15 +167,15 @@ class Pipeline:
         return self.settings.train.steps - 1
 
     def _fits(self) -> bool:
-        """Whether one more wave fits. Before a first wave is complete its size is unknown, and none
-        is drawn ahead.
+        """Whether one more wave fits. Before the first step is done the size of a wave is unknown,
+        and none is drawn ahead.
         """
         return bool(self.wave_bytes) and self.in_flight_bytes + self.wave_bytes <= self.limit
 
 
 def wave_seed(run_seed: int, kind: str, step: int) -> int:
-    """Seed of one rollout wave, 48 bits. It depends on nothing that a checkpoint would have to
-    hold.
+    """The 48-bit seed of one rollout wave. It depends only on the arguments, so that checkpoints
+    hold no state of a random generator for it.
     """
     digest = hashlib.sha256(f"{run_seed}/{kind}/{step}".encode()).digest()
     return int.from_bytes(digest[:6], "little")

@@ -1,5 +1,5 @@
-"""SIGTERM (from a scheduler or `ray job stop`), SIGHUP of a closed terminal, or Ctrl-C: the run
-saves its state and ends.
+"""Stop signals: on SIGTERM (from a scheduler or `ray job stop`), SIGHUP (from a closed terminal) or
+Ctrl-C the run saves its state and ends.
 
 The same command continues it.
 """
@@ -24,8 +24,8 @@ NOTICE = b"Ctrl-C: the run ends as soon as what it learned is saved; once more e
 class Preemption:
     """Whether a stop signal has arrived.
 
-    The run calls `check` at the places where nothing would be lost. Before `started`, the signal
-    interrupts it anywhere.
+    The run calls `check` at points where nothing would be lost. Before `started` is called, a
+    signal interrupts the run anywhere.
     """
 
     def __init__(self, notice: bytes = NOTICE) -> None:
@@ -48,10 +48,12 @@ class Preemption:
 
     @contextmanager
     def listening(self) -> Iterator["Preemption"]:
-        """Handle stop signals while the block lasts. In a thread that gets no signals, do nothing.
+        """Handle stop signals while the block lasts. Does nothing outside the main thread, where
+        Python cannot handle signals.
 
         Raises:
-            Preempted: one arrived while the run starts up.
+            Preempted: one arrived while the run was starting, or Ray's handler raised SystemExit
+                for it.
         """
         if threading.current_thread() is not threading.main_thread():
             yield self
@@ -87,7 +89,7 @@ class Preemption:
         """Remember the first stop signal, and interrupt the run where it must end at once.
 
         Raises:
-            KeyboardInterrupt: the run is starting up; or this is Ctrl-C, and not the first stop
+            KeyboardInterrupt: the run is starting; or this is Ctrl-C, and not the first stop
                 signal. No other exception passes through Ray's calls.
         """
         at_once = self.starting or (self.signal_name and signum == signal.SIGINT)
@@ -102,5 +104,5 @@ class Preemption:
 
 
 def _ignored(number: signal.Signals) -> bool:
-    """Whether the process was started by nohup, which makes it ignore a closed terminal."""
+    """Whether `number` is SIGHUP and ignored, as in a process that nohup started."""
     return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

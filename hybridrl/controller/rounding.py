@@ -5,9 +5,9 @@ from hybridrl.settings.run import RunSettings
 from hybridrl.types import LearnerStats
 
 SMALL_KL = 0.01
-"""Nats a token. Below it, rounding is 20 to 40 % of the dense gradient, and below 0.001 it is
-larger than the gradient. These shares were measured at the hidden states of SmolLM2-135M, for
-teachers at a KL of 0.012, 0.003 and 0.0005.
+"""In nats a token. Below it, the rounding error is 20 to 40 % of the dense gradient, and below
+0.001 it is larger than the gradient. These shares were measured on hidden states of SmolLM2-135M,
+for teachers at a KL of 0.012, 0.003 and 0.0005.
 """
 
 
@@ -15,8 +15,8 @@ def rounding_warning(settings: RunSettings, stats: LearnerStats, device: str) ->
     """The warning for a step that learned from a nearby teacher alone, through rounded logits.
 
     Args:
-        stats: of the step.
-        device: of the learner, cpu or cuda; on GPUs the logits are not rounded.
+        stats: statistics of the step.
+        device: the learner's device, cpu or cuda; on GPUs the logits are not rounded.
 
     Returns:
         One sentence; None where rounding is a small part of the gradient.

@@ -24,8 +24,8 @@ from hybridrl.types import ChunkHeader, Prompt, Rewards, Sample, ScoreHeader
 
 @dataclass(slots=True, kw_only=True)
 class PendingChunk:
-    """A chunk under way, with the calls that reward and score it. If a worker fails, its calls
-    here are replaced by new ones.
+    """A chunk under way, with the calls that reward and score it. If a worker fails, new calls
+    replace those to it.
     """
 
     writer: RolloutGroup | ReplayGroup
@@ -37,7 +37,7 @@ class PendingChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrived:
-    """A chunk whose header and rewards have arrived at the controller; its tokens do not."""
+    """A chunk whose header and rewards, but not its tokens, have arrived at the controller."""
 
     drawn: PendingChunk
     header: ChunkHeader
@@ -45,7 +45,7 @@ class Arrived:
     groups: tuple[int, ...]  # which of its groups are trained on
 
     def of_groups(self, per_sequence: np.ndarray) -> np.ndarray:
-        """[N] -> [G', K]: the entries of the groups that are used."""
+        """[N] -> [G', K]: the entries of the groups that are trained on."""
         return per_sequence.reshape(-1, self.header.group_size)[list(self.groups)]
 
 
@@ -54,9 +54,9 @@ class Sampling:
     of algorithm.teacher_fraction and data_fraction, with their rewards and scores.
 
     consumes prompts / produces chunks under way, then their headers, rewards and scores /
-    `heldout` waits for nothing, `draw` only where no engine serves, the other methods for the
-    workers whose results they return. A worker that fails in the meantime is replaced, and its
-    calls are made again.
+    `heldout` waits for nothing, `draw` only while no engine serves, the other methods for the
+    workers whose results they return. A worker that fails during a wait is replaced, and its calls
+    are made again.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Sampling:
     ) -> None:
         """
         Args:
-            preemption: a stop signal ends the waits, as nothing would be lost then; None: it does
-                not, because there is something that is not logged yet.
+            preemption: lets a stop signal end the waits, when nothing would be lost; None: no
+                signal ends them, because a step that is done is not logged yet.
         """
         self.settings = settings
         self.workers = workers
@@ -104,8 +104,8 @@ class Sampling:
         return self._started(written, reward_weights)
 
     def heldout(self, prompts: Sequence[Prompt], *, wave: str) -> list[PendingChunk]:
-        """Start a wave of the data's own responses to held-out prompts, ranked by the data and
-        scored by the teachers.
+        """Start a wave of the data's own responses to held-out prompts. Their rewards are their
+        ranks in the data, and the teachers score them.
         """
         replay = self.workers.replay
         assert replay is not None, "a run with algorithm.data_fraction has such a worker"
@@ -130,9 +130,7 @@ class Sampling:
         written: Sequence[tuple[RolloutGroup | ReplayGroup, Chunk]],
         reward_weights: Sequence[float],
     ) -> list[PendingChunk]:
-        """The chunks with their calls to reward workers and scorers, which start when a chunk is
-        done.
-        """
+        """Submit the calls to reward workers and scorers, which start when their chunk is done."""
         calls = self._reward_calls(written, reward_weights)
         drawn = [
             PendingChunk(writer=writer, chunk=chunk, reward_weights=reward_weights, rewards=call)
@@ -157,7 +155,7 @@ class Sampling:
         return [next(ranks if writer is replay else rewards) for writer, _ in written]
 
     def _start_rewards(self, drawn: PendingChunk) -> None:
-        """The call for one chunk anew."""
+        """Submit the reward call of one chunk again."""
         if isinstance(drawn.writer, ReplayGroup):
             [drawn.rewards] = drawn.writer.rank([drawn.chunk])
         else:
@@ -172,8 +170,8 @@ class Sampling:
     # -- waiting, while failed workers are replaced ------------------------------------------------
 
     def headers(self, drawn: Sequence[PendingChunk]) -> list[ChunkHeader]:
-        """Wait for every chunk. Those of a failed engine are sampled again by another one with the
-        same seeds, then rewarded and scored again.
+        """Wait for every chunk and return the headers. The chunks of a failed engine are sampled
+        again by another one with the same seeds, then rewarded and scored again.
         """
         return self._settled(drawn, _header_call, self._sample_again)
 
@@ -187,14 +185,16 @@ class Sampling:
         return self._settled(drawn, _reward_call, self._start_rewards)
 
     def scores(self, drawn: Sequence[PendingChunk]) -> list[ScoreHeader]:
-        """Wait for every teacher's scores of every chunk; the headers, teacher by teacher."""
+        """Wait for every teacher's scores of every chunk; returns the headers, teacher by
+        teacher.
+        """
         headers: list[ScoreHeader] = []
         for k in range(len(self.workers.scorers)):
             headers += self._scores_of(k, drawn)
         return headers
 
     def _scores_of(self, teacher: int, drawn: Sequence[PendingChunk]) -> list[ScoreHeader]:
-        """Wait for the scores of one teacher, by its index."""
+        """Wait for the scores of the teacher with this index."""
         scorer = self.workers.scorers[teacher]
 
         def score_calls(d: PendingChunk) -> Sequence[Pending]:
@@ -215,12 +215,13 @@ class Sampling:
         """Wait for the calls of each chunk.
 
         consumes calls / produces their results / waits for `count` results / unblocked by results,
-        and by the failure of a worker: it is replaced, and `again` makes its calls anew.
+        and by the failure of a worker: the worker is replaced, and `again` repeats the calls of
+        each chunk that failed.
 
         Args:
-            calls: of a chunk. The first one has the result; others end with it, and are waited for
-                because their workers may fail.
-            count: results to wait for, at least; None: all.
+            calls: returns the calls of a chunk. The first one has the result; the others end with
+                it, and are waited for because their workers may fail.
+            count: how many results to wait for, at least; None: all.
 
         Returns:
             The results in order; None for a call that is still under way.
@@ -241,12 +242,12 @@ class Sampling:
                     again(d)
 
     def _check(self) -> None:
-        """Called about once a second during a wait: raises if a stop signal came."""
+        """Called about once a second during a wait: raises Preempted if a stop signal came."""
         if self.preemption is not None:
             self.preemption.check()
 
     def _watch(self) -> Pending | None:
-        """As `_check`, and returns the ping of an engine that does not answer."""
+        """As `_check`; returns the overdue ping of an engine that does not answer, or None."""
         self._check()
         return self.workers.silent()
 
@@ -256,7 +257,7 @@ class Sampling:
         """Wait until `count` chunks are done and cancel the others.
 
         Returns:
-            The chunks that are done, in order, and the cancelled ones.
+            The first `count` chunks that are done, in the order of `drawn`, and the cancelled ones.
         """
         headers = self._settled(drawn, _header_call, self._sample_again, count)
         done = [d for d, header in zip(drawn, headers, strict=True) if header is not None][:count]
@@ -270,9 +271,9 @@ class Sampling:
     def arrived(
         self, drawn: Sequence[PendingChunk], headers: Sequence[ChunkHeader], step: int
     ) -> list[Arrived]:
-        """Wait for the rewards, and decide which groups are used. Not used are groups with an
-        aborted response; under algorithm.dynamic_sampling, sampled groups whose rewards are all
-        equal; under pipeline.on_stale=drop, groups with a token too old at `step`.
+        """Wait for the rewards, and decide which groups are used. All are used except groups with
+        an aborted response; with algorithm.dynamic_sampling, sampled groups whose rewards are all
+        equal; with pipeline.on_stale=drop, groups with a token that is too old at `step`.
         """
         rewards = self.rewards(drawn)
         return [
@@ -289,8 +290,8 @@ class Sampling:
         return tuple(np.flatnonzero(usable).tolist())
 
     def _stale(self, header: ChunkHeader, step: int) -> np.ndarray:
-        """[G] bool: some token of the group is older than pipeline.max_staleness, so that the group
-        is not trained on.
+        """[G] bool: the group has a token older than pipeline.max_staleness, for which
+        pipeline.on_stale=drop excludes it from training.
         """
         pipeline = self.settings.pipeline
         oldest = header.oldest_version.reshape(-1, header.group_size).min(axis=1)  # [G] int64
@@ -299,7 +300,7 @@ class Sampling:
         return oldest < step - pipeline.max_staleness
 
     def stale_prompts(self, arrived: Sequence[Arrived], step: int) -> list[Prompt]:
-        """The prompts of groups that are too old."""
+        """The prompts of the groups that are dropped as too old."""
         return [
             a.drawn.chunk.prompts[g]
             for a in arrived
@@ -307,7 +308,7 @@ class Sampling:
         ]
 
     def rollouts(self, arrived: Sequence[Arrived], step: int, count: int) -> list[Sample]:
-        """The first `count` responses of the first chunk that is trained on, as text.
+        """At most `count` responses of the first chunk with a group that is trained on, as text.
 
         Raises:
             WorkerError: the reward worker that decodes them failed.
@@ -339,14 +340,14 @@ def _reward_call(drawn: PendingChunk) -> Sequence[Pending]:
 
 
 def differing(header: ChunkHeader, rewards: Rewards) -> np.ndarray:
-    """[G] bool: the rewards of the group are kept and not all equal."""
+    """[G] bool: all rewards of the group are kept, and they are not all equal."""
     values = rewards.values.reshape(-1, header.group_size)
     keep = rewards.keep.reshape(-1, header.group_size).all(axis=1)
     return keep & (values.max(axis=1) > values.min(axis=1))
 
 
 def first_groups(arrived: Sequence[Arrived], count: int) -> list[Arrived]:
-    """At most `count` used groups, in order; chunks without one are left out."""
+    """The first `count` used groups, or all if there are fewer; chunks without one are left out."""
     selected = []
     for a in arrived:
         groups = a.groups[: max(count, 0)]

@@ -11,18 +11,18 @@ log = logging.getLogger(__name__)
 
 
 class Saving:
-    """Finishes one checkpoint at a time in a thread of its own."""
+    """Finishes one checkpoint at a time in a separate thread."""
 
     def __init__(self) -> None:
-        self.saved_step = 0  # of the newest committed checkpoint
-        self._write_s: float | None = None  # until `take` returns it
-        self._step = 0  # of the checkpoint that was begun last
+        self.saved_step = 0  # step of the newest committed checkpoint
+        self._write_s: float | None = None  # seconds, until `take` returns them; None: reported
+        self._step = 0  # step of the checkpoint that was begun last
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[float] | None = None
 
     def start(self, step: int, finish: Callable[[], object]) -> None:
-        """Call `finish`, which commits the checkpoint of `step`, in the thread. `settle` must have
-        been called for the one before.
+        """Call `finish`, which commits the checkpoint of `step`, in the thread. The previous
+        checkpoint must be settled.
         """
         assert self._under_way is None, self._step
         began = time.monotonic()
@@ -57,8 +57,8 @@ class Saving:
             log.error("step %d has no checkpoint, the older ones are whole: %s", self._step, error)
 
     def take(self) -> dict[str, float]:
-        """Settle the checkpoint if it is finished, without a wait; returns the metric of its time
-        once.
+        """Settle the checkpoint if it is finished, without waiting. Returns the metric of its time,
+        once per checkpoint; otherwise nothing.
         """
         if self._under_way is not None and self._under_way.done():
             self.settle_logged()

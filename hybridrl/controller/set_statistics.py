@@ -1,4 +1,4 @@
-"""What the rewards and lengths of the responses to a set of problems say about a model."""
+"""Statistics of the rewards and lengths of a model's responses to a set of problems."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,23 +25,23 @@ class SetStatistics:
     samples: int  # k
     # avg@k: mean over the problems of the mean value of their responses; NaN: nothing judges them
     average: float
-    # of the average, over the problems, whose k responses are not independent
+    # of the average, computed over problems, since the k responses to one are not independent
     standard_error: float
-    pass_at: dict[int, float]  # pass@k by each k of pass_sizes; empty: nothing judges them
+    pass_at: dict[int, float]  # pass@k for each k of pass_sizes; empty: nothing judges them
     failed: float  # share of responses whose reward call failed; they count in no other value
     length: float  # mean number of tokens of a response
     truncated: float  # share of responses that were cut at rollout.max_new_tokens
 
     @property
     def passed(self) -> float:
-        """pass@k of all k responses; NaN: nothing judges them."""
+        """pass@k for k = `samples`; NaN: nothing judges the responses."""
         return self.pass_at.get(self.samples, math.nan)
 
     def metrics(self, name: str) -> dict[str, float]:
-        """The metrics of an evaluation.
+        """The statistics as metrics of an evaluation, eval/NAME/...
 
         Args:
-            name: of the set.
+            name: the name of the set.
         """
         row = {
             "accuracy": self.average,
@@ -55,18 +55,18 @@ class SetStatistics:
 
 
 def pass_at(values: np.ndarray, k: int) -> float:
-    """Probability that one of k responses passes, drawn without replacement from those of a
-    problem, averaged over the problems.
+    """Probability that at least one of k responses passes, which are drawn without replacement from
+    the responses to a problem; averaged over the problems.
 
-    This is the unbiased estimator 1 - C(n - c, k) / C(n, k), with c of n responses that pass, of
-    Chen et al. 2021 (arXiv 2107.03374).
+    This is the unbiased estimator 1 - C(n - c, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374),
+    where c of n responses pass.
 
     Args:
-        values: [n problems, K] rewards. NaN is left out: of a problem with fewer than k others,
-            all of them are drawn.
+        values: [n problems, K] rewards. NaN entries are left out; if fewer than k remain for a
+            problem, all of them are drawn.
 
     Returns:
-        The mean; NaN: no problem is left.
+        The mean; NaN if no problem has a reward.
     """
     judged = np.isfinite(values).sum(axis=1).tolist()  # [n]
     passed = (values > PASS_MARK).sum(axis=1).tolist()  # [n]
@@ -84,7 +84,8 @@ def set_statistics(
     """The statistics of the responses to at least one problem, in the order of the problems.
 
     Args:
-        values: [n, k] of the reward function, NaN where its call failed; None: there is none.
+        values: [n, k] values of the reward function, NaN where its call failed; None: there is no
+            function.
         lengths: [n * k] tokens.
         truncated: [n * k].
         samples: k.
@@ -115,13 +116,13 @@ def set_statistics(
 
 
 def statistics_of(rows: Iterable[Mapping[str, Any]], reward: str | None = None) -> SetStatistics:
-    """The statistics of the rows of a file of answers, at least one.
+    """The statistics of the rows of a file of answers.
 
     Args:
-        rows: with `lengths`, `finish_reasons` and, by the name of each function, `rewards`, [k]
-            each.
-        reward: the function whose values count; None: the first one. A row that it does not judge
-            has none.
+        rows: at least one; each has `lengths` [k], `finish_reasons` [k] and, by the name of each
+            reward function, `rewards` [k].
+        reward: the function whose values count; None: the first one of each row. A row that it does
+            not judge counts as one whose calls failed.
     """
     values: list[list[float]] = []
     lengths: list[int] = []
@@ -141,10 +142,10 @@ def statistics_of(rows: Iterable[Mapping[str, Any]], reward: str | None = None) 
 def statistics_of_sources(
     rows: Iterable[Mapping[str, Any]], reward: str | None = None
 ) -> dict[str, SetStatistics]:
-    """As statistics_of, of the rows of each of data.sources; empty where there is a single source.
+    """As statistics_of, for the rows of each of data.sources; empty if there is only one source.
 
     Args:
-        rows: with a `uid` besides.
+        rows: as in statistics_of, with a `uid`.
     """
     by_source: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:

@@ -8,7 +8,7 @@ from hybridrl.types import ChunkHeader, ScoreHeader
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
-    """Bytes of one step, which bound how many waves the pipeline may have under way.
+    """Bytes of one step. They determine how many waves the pipeline may have under way.
 
     Example: two chunks of 100 bytes with scores of 30 bytes each: rollout_bytes 200, score_bytes
     60, wave_bytes 260.
@@ -16,7 +16,7 @@ class StepCost:
 
     rollout_bytes: int
     score_bytes: int
-    weight_bytes: int  # into each engine
+    weight_bytes: int  # sent to each engine
 
     @property
     def wave_bytes(self) -> int:

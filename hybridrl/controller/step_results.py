@@ -1,4 +1,4 @@
-"""What the parts of a step give to the parts after them."""
+"""The results that the parts of a step pass on to later parts."""
 
 from dataclasses import dataclass
 
@@ -27,19 +27,17 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What the learner did with a batch: the batch, the plan of its updates and their
-    measurements.
-    """
+    """The updates on one batch: the batch, the plan of the updates and their measurements."""
 
     batch: GlobalBatch
     plan: BatchPlan
-    probe_gap: float  # nats a token, the largest of an engine before the update
+    probe_gap: float  # nats a token, the largest over the engines, before the update
     stats: LearnerStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """Weights that every engine has got."""
+    """Size and time of a publication of weights, which every engine has received."""
 
     nbytes: int  # sent to each engine
-    seconds: float  # without the probe, and without making room on a GPU
+    seconds: float  # without the probe, and without moving models off and onto a GPU

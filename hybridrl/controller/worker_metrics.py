@@ -1,4 +1,6 @@
-"""What the workers of each kind did in a step: metrics by the names that their logs have."""
+"""Metrics of the workers of each kind in a step. Their keys contain the name that the workers' logs
+have, e.g. rollout.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -6,13 +8,13 @@ from hybridrl.settings.choices import Source
 from hybridrl.types import ChunkHeader, EngineStats, ScoreHeader, Work
 
 ENGINES = {Source.student: "rollout", Source.teacher: "teacher"}
-"""The workers that sample the responses of a source."""
+"""The name of the engines that sample the responses of a source."""
 
 
 def engine_metrics(
     headers: Sequence[ChunkHeader], scores: Sequence[ScoreHeader]
 ) -> dict[str, float]:
-    """Of the engines of each kind: the largest values of an engine, and sums of what is counted."""
+    """Use and queues of the engines of each kind: maxima over the engines, and sums of counts."""
     of_workers: dict[str, list[EngineStats]] = {}
     for header in headers:
         if header.engine is not None:
@@ -47,13 +49,17 @@ def work_metrics(reports: Iterable[tuple[str, Work]]) -> dict[str, float]:
 
 
 def tokens_per_s(works: Sequence[Work]) -> float:
-    """Of one worker, while it was busy; 0 where it did nothing."""
+    """The throughput of one worker while it was busy; 0 if it never was."""
     busy_s = sum(work.busy_s for work in works)
     return sum(work.tokens for work in works) / busy_s if busy_s > 0 else 0.0
 
 
 def joined(of_workers: Mapping[str, Sequence[EngineStats]]) -> dict[str, float]:
-    """The metrics of these reports, by the names of the workers."""
+    """The metrics of the reports of each kind of engine.
+
+    Args:
+        of_workers: the reports, by the name of the engines.
+    """
     row: dict[str, float] = {}
     for workers, reports in of_workers.items():
         row |= {

@@ -1,4 +1,4 @@
-"""Which worker did what in a step."""
+"""The reports of the workers of a step."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ def work_of(
     """The reports of a step, each with the name of its worker.
 
     Args:
-        scores: of each chunk, teacher by teacher, as Sampling.scores returns them.
+        scores: one per chunk, teacher by teacher, as Sampling.scores returns them.
     """
     engines = [(a.drawn.chunk.header.worker, a.header.work) for a in arrived]
     num_teachers = len(arrived[0].drawn.scores)
