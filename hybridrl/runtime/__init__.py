@@ -4,6 +4,6 @@ imports ray.
 
 import os
 
-# Read when ray is imported. Otherwise a call after Ray's end, such as one of the thread of a
-# checkpoint, would start another Ray.
+# Ray reads this variable when it is imported. Without it, a call after Ray's shutdown, e.g. from
+# the thread that finishes a checkpoint, would start another Ray.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")

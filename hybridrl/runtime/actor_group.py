@@ -1,4 +1,4 @@
-"""Some actors of one kind. The typed groups of runtime/ are its only callers."""
+"""A group of Ray actors of one kind. Only the typed groups of runtime/ use it."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +19,18 @@ from hybridrl.runtime.worker_log import STACKS
 from hybridrl.settings.run import RunSettings
 
 CALLS = 1_000_000
-"""Calls that a worker of coroutines accepts at once. Chunks wait inside it for the rest of their
-wave, and a ping must not wait for them.
+"""The number of calls that a worker with coroutines accepts at once. Chunks wait inside the worker
+for the rest of their wave, and a ping must not wait for them.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """Where one worker runs."""
+    """The place and the environment of one worker."""
 
     group: PlacementGroup
     bundle: int
-    node_id: str  # by Ray
+    node_id: str  # Ray's id of the node
     node_ip: str
     num_cpus: float
     num_gpus: float
@@ -38,22 +38,22 @@ class Slot:
 
 
 class ActorGroup:
-    """Starts workers, calls them, and replaces those that fail. submit_* start a call and return it
-    as Pending; call_all waits for all workers.
+    """Starts workers, calls them, and replaces those that fail. `submit` and its variants start a
+    call and return it as Pending; `call_all` waits for all workers.
 
-    The driver never imports a worker's module, which may load torch or vLLM, so that a worker is
-    named by its path, and its constructor's arguments are checked when it is built.
+    The driver never imports a worker's module, which may load vLLM or DeepSpeed. So a worker is
+    named by its import path, and its constructor's arguments are only checked when it is built.
 
     Args:
         path: "module:Class" of the worker.
         arguments: the keyword arguments of each worker's constructor.
         max_restarts: how often failed workers of this group may be replaced.
-        concurrent: the worker's methods are coroutines.
-        any_order: a call whose arguments are ready overtakes one that still waits for its own.
-        unit: so many consecutive workers work together, so that all of them are replaced when one
-            of them fails.
+        concurrent: whether the worker's methods are coroutines.
+        any_order: whether a call whose arguments are ready may overtake one that waits for its own.
+        unit: the number of consecutive workers that work together; if one of them fails, all of
+            them are replaced.
         renewed: called before a unit is restarted, with the indices of its workers; returns their
-            new constructor arguments, e.g. with a new port. None: they are the same.
+            new constructor arguments, e.g. with a new port. None: the arguments stay the same.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ActorGroup:
         self.renewed = renewed
         self.size = len(slots)
         self.names = [f"{name}/{i}" for i in range(self.size)]
-        self.epochs = [0] * self.size  # how many workers there were before, per index
+        self.epochs = [0] * self.size  # number of earlier workers, per index
         self.restarts_left = max_restarts
         self.last_reasons: list[str | None] = [None] * self.size
         """Why the worker before this one was replaced, where it raised an error; None: it died,
@@ -112,10 +112,10 @@ class ActorGroup:
     def begin_job(
         self, settings: RunSettings, log_dir: str, arguments: Mapping[str, object] | None = None
     ) -> None:
-        """Go on with the same workers in another job: their logs are in its folder from here on.
+        """Use the same workers for another job, which has their logs in its folder from now on.
 
         Args:
-            arguments: those that differ for workers that start later in the place of these.
+            arguments: constructor arguments that change, for workers that replace these later.
         """
         self.log_dir = log_dir
         self.arguments = [{**before, **(arguments or {})} for before in self.arguments]
@@ -126,14 +126,14 @@ class ActorGroup:
         gather(calls)
 
     def replace(self, error: WorkerError) -> int | None:
-        """End the worker that failed, with all of its unit, and start others in their places.
+        """End the worker that failed and the others of its unit, and start new ones.
 
         Returns:
-            The index of the worker; None: it has been replaced already.
+            The index of the worker; None: it has already been replaced.
 
         Raises:
-            FleetExhausted: max_restarts is used up, or a fresh worker failed at once in the same
-                way as the one before it; the unit is ended all the same.
+            FleetExhausted: max_restarts is used up, or a new worker failed at once in the same way
+                as the one before it. The unit has ended in either case.
             WorkerError: `error` itself, if it names no worker of this group.
         """
         if error.worker not in self.names:
@@ -168,17 +168,17 @@ class ActorGroup:
         return index
 
     def incarnations(self, indices: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """Workers, each with its epoch: equal as long as none of them is replaced."""
+        """(index, epoch) of each of these workers. The value changes when one is replaced."""
         return tuple((index, self.epochs[index]) for index in indices)
 
     def members(self, index: int) -> range:
-        """The workers of the unit of a worker, itself included."""
+        """The indices of the workers in the same unit as worker `index`, which is included."""
         first = index - index % self.unit
         return range(first, first + self.unit)
 
     def _fails_always(self, index: int, error: WorkerError) -> bool:
-        """Whether a fresh worker raised its predecessor's error at its first such call, so that the
-        cause is not transient.
+        """Whether a new worker raised the error of its predecessor in its first call of the same
+        method, which shows that the cause is not transient.
         """
         if not raised(error) or error.reason != self.last_reasons[index]:
             return False
@@ -188,11 +188,11 @@ class ActorGroup:
     def rebuild(
         self, error: WorkerError, start_s: float, watch: Callable[[], None] = watch_nothing
     ) -> None:
-        """Replace a worker and wait until the new ones answer, so that the deadline of a call does
-        not count their start.
+        """Replace a worker and its unit, and wait until the new ones answer, so that the deadlines
+        of later calls do not include their start.
 
         Args:
-            watch: as of `await_first`.
+            watch: as in `await_first`.
 
         Raises:
             FleetExhausted: as in `replace`.
@@ -214,15 +214,15 @@ class ActorGroup:
     def submit_pair(
         self, index: int, method: str, *args: Any, deadline_s: float
     ) -> tuple[Pending, Pending]:
-        """Call one worker whose method returns two values; each is an object of its own."""
+        """Call one worker whose method returns two values; each becomes a separate object."""
         Meter.calls += 1
         refs = self.actors[index].call.options(num_returns=2).remote(method, *args)
         first, second = (self._pending(index, ref, method, deadline_s) for ref in refs)
         return first, second
 
     def bring(self, index: int, ref: ray.ObjectRef, *, deadline_s: float) -> Pending:
-        """Copy an object to the node of a worker, whatever the worker does meanwhile if it is one
-        of coroutines.
+        """Copy an object to the node of a worker. A worker with coroutines answers even while it is
+        busy.
         """
         Meter.calls += 1
         return self._pending(index, self.actors[index].hold.remote(ref), "hold", deadline_s)
@@ -249,7 +249,7 @@ class ActorGroup:
         return ray.get(self.pid_refs, timeout=60)
 
     def ask_for_stacks(self) -> list[ray.ObjectRef]:
-        """Signal every worker to write its stacks into its log.
+        """Signal every worker to write its stacks to its log.
 
         Returns:
             One reference per worker, which resolves when the worker has been signalled.
@@ -278,31 +278,31 @@ class ActorGroup:
 ALIVE: WeakSet[ActorGroup] = WeakSet()
 """The groups of this process that are not closed."""
 DUMP_S = 5.0
-"""For signalling all workers; one whose node is gone cannot be signalled."""
+"""The longest wait for signalling all workers; one whose node is gone cannot be signalled."""
 
 
 def this_driver() -> tuple[str, str]:
-    """What this process is in the Ray that it is connected to: its node there, and itself.
+    """(node id, worker id) of this process in the Ray that it is connected to.
 
-    A driver alone has the same id in every new Ray.
+    The worker id does not suffice, since a driver has the same one in every new Ray.
     """
     context = ray.get_runtime_context()
     return context.get_node_id(), context.get_worker_id()
 
 
 def dump_stacks() -> None:
-    """Signal all workers to write the stacks of their threads into their logs. Waits until they are
+    """Signal all workers to write the stacks of their threads to their logs. Waits until they are
     signalled, because the caller may end one of them next.
     """
-    driver = this_driver()  # the workers of an earlier one are gone
+    driver = this_driver()  # the workers of an earlier connection are gone
     requests = [ref for group in ALIVE if group.driver == driver for ref in group.ask_for_stacks()]
     if requests:
         ray.wait(requests, num_returns=len(requests), timeout=DUMP_S)
 
 
 def ask_for_stacks(pid: int, log: str) -> None:
-    """Signal a process of this node to write its stacks; see runtime.host. Does nothing if the
-    process is gone, or another one has that number now.
+    """Signal a worker process of this node to write its stacks; see runtime.worker_log. Does
+    nothing if the process is gone, or another one has its pid now.
     """
     with suppress(OSError):
         if os.readlink(f"/proc/{pid}/fd/1") == os.path.realpath(log):
@@ -311,7 +311,9 @@ def ask_for_stacks(pid: int, log: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """A call to some engines with a deadline, made by the learner's sending rank; picklable."""
+    """A function that calls a method of some engines and waits for them. The learner's sending rank
+    gets it, so it is picklable.
+    """
 
     group: ActorGroup
     engines: tuple[int, ...]

@@ -1,5 +1,5 @@
-"""A call to a worker that is under way, and how to wait for it: with a deadline, and with a typed
-error if it fails.
+"""Pending calls to workers, and waiting for them: every wait has a deadline, and a call that fails
+gives a typed error.
 """
 
 import time
@@ -18,27 +18,27 @@ from hybridrl.types import per_token_bytes
 
 
 class Meter:
-    """Counts of this process."""
+    """Counters of this process."""
 
     materialized_bytes = 0
-    """Bytes of per-token data that it fetched: 0 in a healthy controller."""
+    """Bytes of per-token data that this process fetched: 0 in a healthy controller."""
     calls = 0
-    """Calls to workers that it started."""
+    """Calls to workers that this process started."""
 
 
 Reference: TypeAlias = ray.ObjectRef
-"""Names a value in the object store; the controller passes references on without fetching the
-values.
+"""A reference to a value in the object store. The controller passes references on without fetching
+the values.
 """
 WATCH_S = 1.0
-"""Between two calls of `watch` while waiting."""
+"""Seconds between two calls of `watch` during a wait."""
 WAIT_SHARE = 1 / 32
-"""One `ray.wait` returns when this part of the open calls has finished, or after WATCH_S. It
-examines all of them, so that waiting for each call singly would cost quadratic time.
+"""One `ray.wait` returns when this share of the pending calls has finished, or after WATCH_S. It
+examines all of them, so waiting for one call at a time would take quadratic time.
 """
 DELIVERY_S = 5.0
-"""For fetching a result that is there when the time of its call is used up: what comes to the
-caller is small.
+"""The least time for fetching a result that has arrived, even if the deadline of its call has
+passed. Results that the caller fetches are small.
 """
 SETTINGS = {
     "start_s": ("free_port", "configure", "connect_engines"),
@@ -55,24 +55,27 @@ SETTINGS = {
         "export",
     ),
 }
-"""Of deadlines: the calls whose deadline they are, where it depends on the call alone."""
+"""The settings of `deadlines`, each with the calls that it limits. Calls whose setting also depends
+on the worker are not listed.
+"""
 OBJECT_STORE = "the object store"
-"""Named as the failed worker where no worker is at fault, so that none is replaced."""
+"""The name that an error has in place of a worker's if no worker failed, so that none is replaced.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
-    """One call under way. `ref` may be handed to other calls without waiting."""
+    """One call under way. `ref` may be passed to other calls without waiting."""
 
     ref: ray.ObjectRef
     worker: str
     call: str
     deadline_s: float
-    epoch: int = 0  # how many workers of that name there were before the one that was called
+    epoch: int = 0  # number of earlier workers with the name of the one that was called
 
     @property
     def incarnation(self) -> tuple[str, int]:
-        """The worker that was called, as distinct from others of its name before and after it."""
+        """Identifies the worker that was called among all that have had its name."""
         return self.worker, self.epoch
 
     def result(self) -> Any:
@@ -85,7 +88,7 @@ class Pending:
 
 
 class ResultStore(Protocol):
-    """Where the results of calls arrive."""
+    """The place where the results of calls arrive."""
 
     def check(self) -> None:
         """Raises:
@@ -93,14 +96,16 @@ class ResultStore(Protocol):
         """
 
     def wait(self, refs: Sequence[Reference], count: int, timeout_s: float) -> list[Reference]:
-        """All of `refs` that have arrived, once `count` have or `timeout_s` has passed."""
+        """Wait until `count` of `refs` have arrived or `timeout_s` has passed; returns all that
+        have arrived.
+        """
 
     def fetch(self, pending: Pending, timeout_s: float) -> Any:
-        """A result that has arrived.
+        """The result of a call that has ended.
 
         Raises:
-            WorkerTimeout, WorkerDied, WorkerError: naming the worker and the call.
-            HybridRLError: what the worker raised on purpose.
+            WorkerTimeout, WorkerDied, WorkerError: the call failed; names the worker and the call.
+            HybridRLError: the worker raised it on purpose.
         """
 
 
@@ -111,14 +116,15 @@ def watch_nothing() -> None:
 def gather(
     pending: Sequence[Pending], watch: Callable[[], Pending | None] = watch_nothing
 ) -> list[Any]:
-    """Results in order. The first failure ends the wait at once, whatever else is under way.
+    """Wait for all results and return them in order. The first failure ends the wait at once, even
+    if other calls are under way.
 
     Args:
         watch: as in `settle`.
 
     Raises:
-        WorkerTimeout, WorkerDied, WorkerError: naming the worker and the call.
-        HybridRLError: what a worker raised on purpose.
+        WorkerTimeout, WorkerDied, WorkerError: a call failed; names the worker and the call.
+        HybridRLError: a worker raised it on purpose.
         ClusterLost: Ray's head is gone.
     """
     results, failures = settle(pending, watch)
@@ -128,7 +134,7 @@ def gather(
 
 
 class RayStore:
-    """Ray's object store, as this process reaches it."""
+    """The ResultStore of a run: Ray's object store."""
 
     def check(self) -> None:
         HEAD.check()
@@ -182,26 +188,26 @@ def settle(
     store: ResultStore = RAY_STORE,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[list[Any], list[WorkerError]]:
-    """Wait for results until enough are there or a worker fails.
+    """Wait for results until enough have arrived or a worker fails.
 
     consumes calls / produces results in order, and the errors of failed workers / waits for
-    `count` results / unblocked by the failure of a worker, by `watch`, and by the deadline: it
-    bounds the time since the last answer, because one worker may have many calls to answer one
-    after the other, and is the longest among the calls.
+    `count` results / unblocked by the failure of a worker, by `watch`, and by the deadline. The
+    deadline is the longest among the calls, and limits the time since the last answer, because one
+    worker may answer many calls one after the other.
 
     Args:
-        watch: called every WATCH_S; returns a call that should have been answered by now, whose
-            worker then counts as failed, or None.
-        count: results to wait for, at least; None: all.
+        watch: called every WATCH_S; returns a call that is overdue, whose worker then counts as
+            failed, or None.
+        count: how many results to wait for, at least; None: all.
         store: where the results arrive.
-        clock: seconds, never going back.
+        clock: returns seconds, which never decrease.
 
     Returns:
-        For each call its result, the error of its worker if that failed, or None if it is still
-        under way; and one error per failed worker.
+        For each call its result, the error of its worker if that failed, or None if the call is
+        still under way; and one error per failed worker.
 
     Raises:
-        HybridRLError: what a worker raised on purpose.
+        HybridRLError: a worker raised it on purpose.
         ClusterLost: Ray's head is gone.
     """
     last_answer = clock()
@@ -224,7 +230,7 @@ def settle(
             except WorkerError as error:
                 values[ref] = error
                 failures[answered.incarnation] = error
-        if waiting and clock() >= next_watch:  # not after each answer: it pings every engine
+        if waiting and clock() >= next_watch:  # not after each answer, since watch pings engines
             next_watch = clock() + WATCH_S
             if (unanswered := watch()) is not None:
                 failures[unanswered.incarnation] = _timeout(unanswered, unanswered.deadline_s)
@@ -238,10 +244,10 @@ def settle(
 def outcomes(
     pending: Sequence[Pending], watch: Callable[[], Pending | None] = watch_nothing
 ) -> list[Any]:
-    """Wait for all calls, the failed ones too, at most as long as the longest deadline.
+    """Wait until all calls have ended or failed, at most as long as the longest deadline.
 
     Args:
-        watch: as in `settle`; calls to the worker that it names are not waited for any more.
+        watch: as in `settle`; the wait ends for all calls to the worker of the call it returns.
 
     Returns:
         For each call its result or its HybridRLError, in order.
@@ -282,10 +288,10 @@ def await_first(
     """Wait until one of the calls has ended, at most as long as the longest deadline.
 
     Args:
-        watch: called every WATCH_S; what it raises ends the wait.
+        watch: called every WATCH_S; an exception from it ends the wait.
 
     Returns:
-        Empty, or the errors of all calls if none has ended.
+        Empty, or one timeout per call if none has ended.
 
     Raises:
         ClusterLost: Ray's head is gone.
@@ -312,7 +318,7 @@ def _timeout(pending: Pending, deadline_s: float) -> WorkerTimeout:
 
 
 def _settings(pending: Pending) -> str:
-    """The setting, or the settings, that decide the deadline of a call."""
+    """The names of the settings that may decide the deadline of a call, for an error message."""
     if pending.call == "score":
         names = ["reward_s" if pending.worker.startswith("reward/") else "score_s"]
     elif pending.call == "ping":  # of a worker that starts, or of an engine that serves
@@ -333,8 +339,8 @@ def ended(refs: Sequence[Reference]) -> set[Reference]:
 
 
 def succeeded(pending: Pending) -> bool:
-    """Whether the call has ended with a result. Does not wait for the call, but for the delivery of
-    a result that is there.
+    """Whether the call has ended with a result. Does not wait for the call, only for fetching a
+    result that has arrived.
     """
     if not is_done(pending):
         return False
@@ -346,7 +352,7 @@ def succeeded(pending: Pending) -> bool:
 
 
 def _raised_by_worker(pending: Pending, error: RayTaskError) -> HybridRLError:
-    """The worker's own HybridRLError, or a WorkerError about what it raised."""
+    """The worker's own HybridRLError, or a WorkerError that describes any other exception."""
     cause = cause_of(error)
     if isinstance(cause, HybridRLError):
         return cause

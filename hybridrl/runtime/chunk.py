@@ -1,4 +1,4 @@
-"""A piece of a rollout wave, by reference."""
+"""A part of a rollout wave, by reference."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from hybridrl.types import GenerateOrder, Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """A piece of a rollout wave: its header for the controller, its batch for the workers."""
+    """A part of a rollout wave: its header for the controller, its batch for the workers."""
 
     order: GenerateOrder
     prompts: tuple[Prompt, ...]

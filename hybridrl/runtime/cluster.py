@@ -1,4 +1,4 @@
-"""Placement: which worker runs on which node, with which devices and how many threads."""
+"""Placement of workers: the node, the devices and the number of threads of each."""
 
 import math
 from collections import Counter
@@ -17,23 +17,23 @@ from hybridrl.settings.choices import Device, WeightTransfer
 from hybridrl.settings.run import RunSettings
 
 CPU_SHARE = 0.01
-"""CPUs that a worker asks Ray for. Ray's CPUs are bookkeeping, not cores: workers on CPU share the
-cores.
+"""CPUs that a worker requests from Ray. Ray only counts them and reserves no cores: workers on CPU
+share the cores.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Team:
-    """How many workers of one kind there are, and what each needs."""
+    """The number of workers of one kind, and the resources that each needs."""
 
     name: str
     size: int
-    gpus: int  # per worker when the device is cuda
-    heavy: bool  # computes with many threads
+    gpus: int  # per worker if the device is cuda
+    heavy: bool  # whether a worker computes with many threads
 
 
 class Seat(NamedTuple):
-    """One worker's place in a bundle of resources."""
+    """The bundle of resources that one worker of a team gets."""
 
     team: Team
     bundle: int
@@ -47,7 +47,7 @@ class Cluster:
             slots = cluster.place([Team(name="learner", size=2, gpus=1, heavy=True)])
 
     Args:
-        connection: None: to Ray itself.
+        connection: how Ray is reached; None: a RayConnection.
     """
 
     device: str
@@ -126,7 +126,7 @@ class Cluster:
         return slots
 
     def _gpus_per_worker(self, teams: list[Team], *, colocated: bool) -> dict[str, float]:
-        """The GPUs, or the share of one, of each worker, by the name of its team."""
+        """The number of GPUs, or the share of one GPU, of each worker, by the name of its team."""
         if self.device == "cpu":
             return {team.name: 0.0 for team in teams}
         if colocated:
@@ -166,7 +166,7 @@ class Cluster:
 
 
 def shared_bundles(teams: list[Team]) -> tuple[list[dict[str, float]], list[Seat]]:
-    """One bundle per GPU; worker i of each team sits in bundle i."""
+    """One bundle per GPU. Worker i of each team gets bundle i, modulo the number of bundles."""
     width = max(team.size for team in teams if team.gpus)
     bundles = [{"CPU": 1.0, "GPU": 1.0} for _ in range(width)]
     return bundles, [Seat(team, i % width) for team in teams for i in range(team.size)]
@@ -178,7 +178,7 @@ def own_bundles(
     """One bundle per worker.
 
     Args:
-        gpus: of each worker, by the name of its team.
+        gpus: GPUs of each worker, by the name of its team.
     """
     members = [team for team in teams for _ in range(team.size)]
     bundles = [
@@ -189,12 +189,13 @@ def own_bundles(
 
 
 def device_of(chosen: Device, gpus: float, cuda_build: str | None) -> str:
-    """cpu or cuda. Ray counts GPUs through the driver, so it reports them even if torch is built
-    without CUDA.
+    """The device of a run, cpu or cuda. Ray counts GPUs through NVIDIA's driver, so it reports them
+    even if torch is built without CUDA.
 
     Args:
-        gpus: of the Ray cluster.
-        cuda_build: torch.version.cuda; None: torch for CPUs.
+        chosen: cluster.device.
+        gpus: number of GPUs of the Ray cluster.
+        cuda_build: torch.version.cuda; None: torch is a build for CPUs.
 
     Raises:
         ConfigError: cuda is required and is not available.
@@ -213,7 +214,7 @@ def device_of(chosen: Device, gpus: float, cuda_build: str | None) -> str:
 
 
 def gpu_share(teams: int) -> float:
-    """The part of a GPU that each of `teams` workers asks Ray for; rounded down to Ray's unit, so
-    that all fit into 1.
+    """The share of a GPU that each of `teams` workers requests from Ray, rounded down to a multiple
+    of Ray's unit of 0.0001, so that the shares add up to at most 1.
     """
     return math.floor(10_000 / max(teams, 1)) / 10_000

@@ -1,4 +1,4 @@
-"""Which engine samples which chunk: always the engine with the least to do."""
+"""The assignment of chunks to engines: each goes to the engine with the fewest pending tokens."""
 
 import heapq
 from collections.abc import Collection, Sequence
@@ -16,8 +16,8 @@ class Work:
 
 
 class EngineLoad:
-    """How many tokens each engine has to do: the prompt and longest possible response of every
-    chunk that is not done.
+    """Counts the pending tokens of each engine: the prompts and longest possible responses of the
+    chunks that are not done.
 
     Example: of two idle engines, chunks of [5, 5, 5] tokens go to the engines [0, 1, 0].
     """
@@ -26,8 +26,11 @@ class EngineLoad:
         self.under_way: list[list[Work]] = [[] for _ in range(num_engines)]  # per engine
 
     def assign(self, tokens: Sequence[int], serving: Collection[int]) -> list[int]:
-        """One of the `serving` engines for each chunk, in order: the one with the least to do, the
-        first of several. If all are idle, each call gives the same engines.
+        """Choose an engine of `serving` for each chunk, in order: the one with the fewest pending
+        tokens, and the lowest index among equals. The result is reproducible if all are idle.
+
+        Args:
+            tokens: the number of tokens of each chunk.
         """
         done = ended([work.header.ref for under_way in self.under_way for work in under_way])
         self.under_way = [

@@ -1,7 +1,7 @@
 """Copying one object to many nodes, so that no node sends many copies.
 
-Ray copies an object to each node that needs it once, from a node that has it. Nodes that need it at
-the same time all take it from the one node that has it then.
+Ray copies an object once to each node that needs it, from a node that has it. Nodes that request it
+at the same time all get it from the only node that has it at that time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,11 +22,12 @@ def fan_out(
     deadline_s: float,
     watch: Callable[[], Pending | None],
 ) -> None:
-    """Copy an object to the nodes of some workers in rounds, each to as many nodes as have it. Does
-    nothing for at most two nodes, where it would gain nothing.
+    """Copy an object to the nodes of some workers in rounds. Each round has at most as many new
+    nodes as there are nodes with the object. Does nothing for one or two nodes, where rounds would
+    save no time.
 
-    Waits for each round, at most `deadline_s`. A worker that fails is left to the caller, whose own
-    call to it fails too; Ray copies the object to a node that has none when a call needs it there.
+    Waits at most `deadline_s` for each round. Failures are ignored: the caller's own call to that
+    worker fails too, and Ray copies the object to a node without it when a call needs it there.
 
     Args:
         workers: indices into the group.
@@ -42,7 +43,8 @@ def fan_out(
 
 
 def rounds(receivers: Sequence[T]) -> list[list[T]]:
-    """Each round has as many receivers as there were before it, with one more for the source.
+    """Divide receivers into rounds. Each has as many as the rounds before it together, plus one for
+    the source; the last may have fewer.
 
     Example: [0, 1, 2, 3, 4] -> [[0], [1, 2], [3, 4]].
     """

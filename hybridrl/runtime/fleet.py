@@ -27,16 +27,16 @@ class Fleet:
         serving --failed--> joining --ready, holds the newest weights--> serving
         serving --failed, and cluster.max_restarts is used up--> gone
 
-    consumes errors and answers to pings / produces the set of serving engines / waits only where no
+    consumes errors and answers to pings / produces the set of serving engines / waits only while no
     engine serves, for those that are joining / unblocked by the first of them that is ready.
 
     Args:
-        closed_by: the setting because of which no engine can join; None: engines are replaced.
+        closed_by: the setting that prevents the replacement of engines; None: they are replaced.
         load_latest: starts loading the newest weights into an engine; returns None if the engine
-            has read them from disk, or `joined` brings them.
+            has read them from disk, or `joined` sends them.
 
     Attributes:
-        joined: called after engines have joined, before one of them is used.
+        joined: called after engines have joined, before any of them is used.
     """
 
     def __init__(
@@ -56,8 +56,11 @@ class Fleet:
         self.joined: Callable[[], None] = do_nothing
 
     def silent(self) -> Pending | None:
-        """A ping that an engine has not answered within deadlines.heartbeat_s; None: all engines
-        answer, which they also do while they sample.
+        """Ping the engines without a pending ping. Engines also answer while they sample.
+
+        Returns:
+            A ping that an engine has not answered within deadlines.heartbeat_s; None: no ping is
+            overdue.
         """
         limit = self.deadlines.heartbeat_s
         now = time.monotonic()
@@ -71,11 +74,12 @@ class Fleet:
         return None
 
     def lose(self, error: WorkerError) -> None:
-        """Go on without the engine that failed, and start another in its place as long as
+        """Go on without the engine that failed, and start another in its place if
         cluster.max_restarts allows it.
 
         Raises:
-            FleetExhausted: it does not, and no other engine remains; or none can join.
+            FleetExhausted: it cannot be replaced, and no other engine serves or is joining; or
+                `closed_by` is set.
         """
         if self.closed_by is not None:
             raise FleetExhausted(
@@ -110,11 +114,14 @@ class Fleet:
         self.lose_all(failures(calls))
 
     def admit(self, watch: Callable[[], None] = watch_nothing) -> None:
-        """Let replaced engines serve that are ready, once they have acknowledged the newest
-        weights. If no engine serves, wait for them.
+        """Let the joining engines serve that are ready, once they have acknowledged the newest
+        weights. If no engine serves, wait for the first one.
 
         Args:
-            watch: as of `await_first`.
+            watch: as in `await_first`.
+
+        Raises:
+            FleetExhausted: as in `lose`.
         """
         before = set(self.serving)
         self._admit_ready(watch)
@@ -149,8 +156,8 @@ def do_nothing() -> None:
 def failures(
     calls: Sequence[Pending], watch: Callable[[], Pending | None] = watch_nothing
 ) -> list[WorkerError]:
-    """Wait for all calls; the errors of those that failed. An error that an engine raised on
-    purpose, as about weights that it refused, becomes a WorkerError.
+    """Wait for all calls and return the errors of those that failed. An error that an engine raised
+    on purpose, e.g. because it refused weights, becomes a WorkerError.
     """
     errors = []
     for call, outcome in zip(calls, outcomes(calls, watch), strict=True):

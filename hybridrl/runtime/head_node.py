@@ -1,7 +1,7 @@
-"""Ray's own processes: the head's service (GCS), which places and replaces workers, and this
-machine's raylet.
+"""Checks of Ray's own processes: the head's service (GCS), which places and replaces workers, and
+this machine's raylet.
 
-Without them a run can only end.
+A run cannot go on without them.
 
 If the head is gone, Ray waits for a minute, while calls between processes go on, and then ends this
 process from within: no sink is closed and no message says why. So the driver checks the connection
@@ -18,17 +18,17 @@ from hybridrl.runtime.ray_internals import is_alive, node_id
 
 CHECK_S = 1.0
 SILENCE_S = 20.0
-"""A head that restarts within this time is not lost. Well below Ray's own 60 s, because closing
-takes time too.
+"""A head that restarts within this time is not lost. It is well below Ray's own 60 s, because
+closing the run takes time too.
 """
 
 
 class Head:
-    """Whether the head of the present Ray connection accepts connections.
+    """Checks whether the head of the present Ray connection accepts connections.
 
     Args:
         check_s: at most one connection is tried in this time.
-        silence_s: how long it may accept none.
+        silence_s: the head is lost if it accepts no connection for this time.
     """
 
     def __init__(self, *, check_s: float = CHECK_S, silence_s: float = SILENCE_S) -> None:
@@ -49,7 +49,7 @@ class Head:
         """Try a connection, unless the last attempt was less than `check_s` ago.
 
         Args:
-            address: HOST:PORT; None: of the Ray that this process is connected to.
+            address: HOST:PORT; None: that of the Ray that this process is connected to.
 
         Raises:
             ClusterLost: no connection was accepted for `silence_s`.
@@ -72,8 +72,8 @@ class Head:
 
 
 def check_own_node() -> None:
-    """Check that this machine is alive by the head's records. Call it when a worker has died: all
-    workers die with the node that owns them.
+    """Check in the head's records that this machine is alive. Call it when a worker has died: all
+    workers die with the node of the driver that owns them.
 
     Raises:
         ClusterLost: the raylet of this machine is gone.
@@ -97,4 +97,4 @@ def takes_connections(address: str) -> bool:
 
 
 HEAD = Head()
-"""The head of the Ray that this process is connected to, one at a time."""
+"""The head of the Ray that this process is connected to; there is one at a time."""

@@ -1,8 +1,8 @@
-"""The Ray actor around a worker: a plain class, named by its import path so that the driver never
-imports torch.
+"""The Ray actor around a worker. The worker is a plain class, named by its import path so that the
+driver does not import its module.
 
-An exception of the worker's constructor is stored and raised by the first call: otherwise Ray would
-end the actor and report only its death.
+An exception of the worker's constructor is stored and raised by every call: otherwise Ray would end
+the actor and report only its death.
 """
 
 import importlib
@@ -24,12 +24,15 @@ from hybridrl.settings.run import RunSettings
 
 
 class NotBuilt(Exception):
-    """The worker's constructor raised another error than a HybridRLError; the message names it."""
+    """The worker's constructor raised an exception that is not a HybridRLError; the message names
+    it.
+    """
 
 
 def log_of(path: str, arguments: Mapping[str, object]) -> WorkerLog:
-    """The log of this process, in which secrets are masked: those in the settings among
-    `arguments`, and those that the node's environment has beside the driver's, which are dropped.
+    """Redirect the output of this process to the log at `path`. Secret environment variables that a
+    worker does not need are removed; their values, and the secrets in `arguments`, are masked in
+    the log.
     """
     dropped = redact.drop_variables(needed=redact.NEEDED)
     redact.remember([*dropped.values(), *redact.secrets_in(arguments)])
@@ -61,16 +64,16 @@ def build(path: str, arguments: Mapping[str, object]) -> Any:
 
 
 def visible_gpus(gpus: Sequence[int | str]) -> dict[str, str]:
-    """The variables that restrict this process to the GPUs that Ray assigned to it; they must be
+    """The variables that restrict this process to the GPUs that Ray assigned to it. They must be
     set before torch is imported.
 
-    Ray does not set them where RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set, and all workers
-    would compute on the first GPU. DeepSpeed reads them as numbers, so UUIDs become the numbers
-    that nvidia-smi gives in the order of the bus.
+    Ray does not set them if RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES is set; all workers would
+    then compute on the first GPU. DeepSpeed reads them as numbers, so UUIDs are replaced by the
+    numbers of nvidia-smi, which follow the PCI bus.
 
     Raises:
-        PlacementError: an id is neither a number nor a GPU's UUID, as that of a MIG slice, or
-            nvidia-smi does not answer.
+        PlacementError: an id is neither a number nor the UUID of a GPU, e.g. that of a MIG slice;
+            or nvidia-smi does not answer.
     """
     names = [str(name) for name in gpus]
     if all(name.isdecimal() for name in names):
@@ -101,7 +104,7 @@ def visible_gpus(gpus: Sequence[int | str]) -> dict[str, str]:
 
 
 class Unbuilt:
-    """Stands in for a worker that could not be built: every call raises the error."""
+    """The substitute for a worker that could not be built: every call raises the error."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -111,7 +114,7 @@ class Unbuilt:
 
 
 class Host:
-    """One method at a time, on the process's main thread."""
+    """The actor of a worker with ordinary methods: one call at a time, on the main thread."""
 
     def __init__(self, path: str, log: str, arguments: Mapping[str, object]) -> None:
         self.trace = trace_of_worker(log, coroutines=False)
@@ -120,7 +123,7 @@ class Host:
             self.worker = build(path, arguments)
 
     def begin_job(self, settings: RunSettings, log: str) -> None:
-        """Write the log of another job from here on, whose secrets are masked in it too."""
+        """Write to the log of another job from now on, and mask the secrets of its settings too."""
         redact.remember(redact.secrets_in(settings))
         self.log.move(log)
 
@@ -132,11 +135,13 @@ class Host:
         return os.getpid()
 
     def hold(self, value: object) -> None:
-        """Ray copies the value to this node before it calls this."""
+        """Does nothing: Ray copies the value to this node before the call."""
 
 
 class AsyncHost:
-    """Coroutines of one event loop, for a worker that answers while it works."""
+    """The actor of a worker whose methods are coroutines of one event loop, so that it answers
+    while it works.
+    """
 
     def __init__(self, path: str, log: str, arguments: Mapping[str, object]) -> None:
         self.trace = trace_of_worker(log, coroutines=True)

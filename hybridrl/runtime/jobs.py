@@ -1,4 +1,4 @@
-"""Jobs of a Ray cluster, by its dashboard: submit one, follow its output, stop it."""
+"""Jobs of a Ray cluster, through its dashboard: submit one, follow its output, stop it."""
 
 import asyncio
 import logging
@@ -21,16 +21,17 @@ from hybridrl.core.errors import ClusterLost, ConfigError
 logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 
 ADDRESS = "http://127.0.0.1:8265"
-"""Of the dashboard, as `ray start` opens it and a tunnel forwards it."""
+"""The default address of a dashboard that `ray start` opened on this machine or a tunnel forwards.
+"""
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 QUIET_S = 60.0
-"""Longest wait for output before the dashboard is asked whether the job goes on, and for a lost
-dashboard to answer again.
+"""The longest wait for output before the dashboard is asked whether the job still runs, and the
+longest wait for a lost dashboard to answer again.
 """
 RETRY_S = 1.0
 LOST = (OSError, RuntimeError, requests.RequestException, aiohttp.ClientError)
-"""What Ray's client raises where the dashboard does not answer."""
-STOPPED_STATUS = os.EX_TEMPFAIL  # 75: the same command continues
+"""Exceptions of Ray's client if the dashboard does not answer."""
+STOPPED_STATUS = os.EX_TEMPFAIL  # 75: the same command continues the run
 EXCLUDED = (
     ".git",
     ".venv*",
@@ -41,19 +42,19 @@ EXCLUDED = (
     "__pycache__",
     ".*_cache",
 )
-"""What is not sent with a working directory, beside what its .gitignore lists."""
+"""Files that are not sent with a working directory, in addition to those in its .gitignore."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is submitted."""
+    """A job to submit."""
 
     id: str | None
     """None: Ray chooses one"""
     command: str
-    """for a shell on the head"""
+    """run by a shell on the head"""
     folder: Path
-    """is copied to every node, and is the working directory of the command"""
+    """copied to every node; the working directory of the command"""
     variables: Mapping[str, str] = field(default_factory=dict)
     """environment variables; the dashboard shows them"""
 
@@ -68,7 +69,7 @@ class Submitted:
     command: str
     started: datetime | None
     exit_status: int | None
-    """of the command; None: it has not ended, or was killed"""
+    """of the command; None: the command has not ended, or was killed"""
     message: str
 
     @property
@@ -110,24 +111,31 @@ class Jobs:
             )
 
     def find(self, job_id: str) -> Submitted:
-        """Raises: ConfigError: there is no such job."""
+        """The job with this id.
+
+        Raises:
+            ConfigError: there is no such job.
+        """
         with self._asking():
             return described(self._client.get_job_info(job_id))
 
     def all(self) -> list[Submitted]:
-        """Every job that was submitted to this cluster, the newest first."""
+        """All jobs that were submitted to this cluster, newest first."""
         with self._asking():
             listed = [described(d) for d in self._client.list_jobs() if d.submission_id]
         return sorted(listed, key=lambda job: job.started or datetime.max, reverse=True)
 
     def stop(self, job_id: str) -> None:
-        """Send SIGTERM to a job, after which a run saves a checkpoint."""
+        """Send SIGTERM to a job; a run then saves a checkpoint and ends."""
         with self._asking():
             self._client.stop_job(job_id)
 
     def follow(self, job_id: str, write: Callable[[str], Any] = sys.stdout.write) -> Submitted:
-        """Write the job's output until it ends, from its beginning. A connection that is lost is
-        opened again, and what was written is not repeated.
+        """Write the job's output from its beginning until the job ends. A lost connection is opened
+        again, without repeating output.
+
+        Returns:
+            The job after its end.
 
         Raises:
             ConfigError: there is no such job.
@@ -139,7 +147,7 @@ class Jobs:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Errors of Ray's client, as one sentence each."""
+        """Turn each error of Ray's client into a ConfigError of one sentence."""
         try:
             yield
         except (ConnectionError, requests.ConnectionError) as error:
@@ -157,7 +165,7 @@ class Jobs:
 
 
 class Output:
-    """The output of a job, from the first character to the last, over connections that may end."""
+    """Writes the whole output of a job once, over connections that may be lost."""
 
     def __init__(
         self,
@@ -184,7 +192,7 @@ class Output:
                 lost_at = None
             except LOST as error:
                 if self._written > before:
-                    lost_at = None  # this connection was one for a while
+                    lost_at = None  # this connection worked for a while
                 lost_at = lost_at or loop.time()
                 if loop.time() - lost_at > QUIET_S:
                     raise ClusterLost(
@@ -195,11 +203,12 @@ class Output:
             await asyncio.sleep(RETRY_S)
 
     async def _tail(self) -> bool:
-        """Write what one connection brings, without what earlier ones brought, until it ends or
-        brings nothing for QUIET_S: a network that is gone in silence ends no connection.
+        """Write the output that one connection delivers, except what earlier ones delivered, until
+        the connection ends or has delivered nothing for QUIET_S. A network may fail without ending
+        the connection.
 
         Returns:
-            Whether the connection has ended, so that it has brought all.
+            Whether the connection has ended, so that all output was delivered.
         """
         seen = 0
         texts = self._client.tail_job_logs(self._job_id)
@@ -219,8 +228,8 @@ class Output:
 
 
 def exit_status(job: Submitted) -> int:
-    """The status with which a command that waited for the job ends: the job's own, and 75 for a
-    job that was stopped and that the same command continues.
+    """The exit status of a command that waited for the job: 0 if it succeeded, 75 if it was stopped
+    (the same command continues it), otherwise the job's own, or 1 if that is unknown.
     """
     match JobStatus(job.state):
         case JobStatus.SUCCEEDED:
@@ -231,7 +240,7 @@ def exit_status(job: Submitted) -> int:
 
 
 def described(details: JobDetails) -> Submitted:
-    """A job as Ray lists it, without its environment."""
+    """Convert Ray's description of a job, leaving out its environment."""
     started = details.start_time
     return Submitted(
         id=str(details.submission_id),

@@ -1,4 +1,4 @@
-"""The ranks of the learner, which are called together."""
+"""The group of the learner's ranks, which are called together."""
 
 import time
 from collections.abc import Sequence
@@ -27,15 +27,15 @@ from hybridrl.types import (
 )
 
 POLL_S = 0.2
-"""Between two questions whether the ranks have written their files."""
+"""Seconds between two checks whether the ranks have written their files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """The engines that a channel of nccl or ipc is open to, each with its epoch."""
+    """The engines to which a channel of nccl or ipc is open."""
 
     group: ActorGroup
-    engines: tuple[tuple[int, int], ...]
+    engines: tuple[tuple[int, int], ...]  # (index, epoch)
 
     @classmethod
     def to(cls, rollout: RolloutGroup) -> "Connected":
@@ -44,9 +44,11 @@ class Connected:
 
 
 class LearnerGroup:
-    """consumes references to chunks, rewards and scores / produces updates and weights / all calls
-    but `ready` and `logprob_gaps` wait for every rank: the ranks work together, so that the failure
-    of one ends the wait.
+    """Calls the learner's ranks.
+
+    consumes references to chunks, rewards and scores / produces updates and weights / all methods
+    that call the ranks wait for every rank, except `ready` and `logprob_gaps`. The ranks work
+    together, so the failure of one ends the wait.
     """
 
     worker = "hybridrl.policy.learner:Learner"
@@ -64,21 +66,21 @@ class LearnerGroup:
         ]
         self.group = ActorGroup("learner", self.worker, slots, arguments, log_dir=log_dir)
         self.master = master
-        self.given_up: str | None = None  # why no checkpoint is waited for any more
+        self.given_up: str | None = None  # why checkpoints are no longer waited for
         self.connected: Connected | None = None
 
     def ready(self) -> list[Pending]:
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
 
     def note_failure(self, error: WorkerError) -> None:
-        """Do not wait any longer for a checkpoint if the error is of a rank: a rank that failed
-        does not write its file.
+        """Stop waiting for a checkpoint if `error` is about a rank: a failed rank does not write
+        its file.
         """
         if error.worker in self.group.names:
             self.give_up("a learner rank failed while its file was being written")
 
     def give_up(self, reason: str) -> None:
-        """Do not wait any longer for a checkpoint, whose thread would keep this process alive.
+        """Stop waiting for a checkpoint, since the waiting thread would keep this process alive.
 
         Args:
             reason: a sentence without its full stop.
@@ -86,16 +88,16 @@ class LearnerGroup:
         self.given_up = self.given_up or reason
 
     def configure(self, settings: RunSettings) -> None:
-        """Learn by other settings from here on; the student stays."""
+        """Use other settings from now on; the student is unchanged."""
         self.settings = settings
         self.group.call_all("configure", settings, deadline_s=settings.deadlines.start_s)
 
     def keep_start(self) -> None:
-        """Keep a copy of the student as it is, with which `begin_job` begins."""
+        """Keep a copy of the student's present state, to which `begin_job` returns."""
         self.group.call_all("keep_start", deadline_s=self.settings.deadlines.save_s)
 
     def begin_job(self, settings: RunSettings, log_dir: str) -> None:
-        """Learn in another job as a learner that starts with it does, from the kept student."""
+        """Serve another job as a new learner would, starting from the kept copy of the student."""
         self.settings = settings
         self.group.begin_job(settings, log_dir, {"settings": settings})
         self.group.call_all("begin_job", settings, deadline_s=settings.deadlines.start_s)
@@ -106,12 +108,16 @@ class LearnerGroup:
         groups: Sequence[Sequence[Sequence[Sequence[int]]]],
         values: Sequence[Sequence[ray.ObjectRef]],
     ) -> LearnerStats:
-        """The optimizer steps of one batch. Every rank returns the same global statistics, and its
-        own work.
+        """Take the optimizer steps of one batch.
 
         Args:
-            groups: per rank, of each mini-batch, of each of its chunks which groups are its own.
+            groups: groups[rank][m][c]: the indices of the rank's groups of mini-batch m in its
+                chunk c.
             values: per rank, the references of its chunks, as in Learner.learn.
+
+        Returns:
+            The statistics of the first rank, with the work of all ranks. The other statistics are
+            over all ranks.
         """
         return self._on_ranks("learn", plan, groups, values)
 
@@ -124,7 +130,7 @@ class LearnerGroup:
         """Measure held-out data; nothing is learned.
 
         Args:
-            groups: per rank, of each of its chunks which groups are its own.
+            groups: groups[rank][c]: the indices of the rank's groups in its chunk c.
             values: as in `learn`.
         """
         return self._on_ranks("evaluate", plan, groups, values)
@@ -147,16 +153,16 @@ class LearnerGroup:
         return replace(stats[0], work=tuple(work for of_rank in stats for work in of_rank.work))
 
     def release(self) -> None:
-        """Every rank moves what only an update needs from its GPU to host memory."""
+        """Move the state that only updates need from the GPUs of all ranks to host memory."""
         self.group.call_all("release", deadline_s=self.settings.deadlines.learn_s)
 
     def acquire(self) -> None:
-        """The other end of `release`."""
+        """Undo `release`."""
         self.group.call_all("acquire", deadline_s=self.settings.deadlines.learn_s)
 
     def logprob_gaps(self, chunks: Sequence[Chunk]) -> list[Pending]:
-        """One call per rank: -> mean |log p - log mu| in nats, by the present weights, of each
-        chunk whose number is the rank's modulo the number of ranks. Does not wait.
+        """Submit one call per rank, without waiting. The call to rank r returns, for every chunk i
+        with i % ranks == r, the mean |log p - log mu| in nats under the present weights.
         """
         refs = [chunk.batch.ref for chunk in chunks]
         limit = self.settings.deadlines.learn_s
@@ -172,7 +178,9 @@ class LearnerGroup:
         return self.group.call_all("shared_scores", chunk.batch.ref, deadline_s=limit)
 
     def pack_weights(self, version: int) -> tuple[WeightManifest, ray.ObjectRef]:
-        """The student's weights as one object; only the manifest comes to the caller."""
+        """Pack the student's weights into one object. Returns their manifest, and a reference to
+        the object.
+        """
         limit = self.settings.deadlines.sync_s
         pairs = [
             self.group.submit_pair(rank, "pack_weights", version, deadline_s=limit)
@@ -182,7 +190,7 @@ class LearnerGroup:
         return manifests[0], pairs[0][1].ref
 
     def connect_engines(self, backend: WeightTransfer, rollout: RolloutGroup) -> None:
-        """Open a channel of nccl or ipc to the engines that serve; the one before is closed."""
+        """Open a channel of nccl or ipc to the engines that serve; an earlier one is closed."""
         self.connected = None
         limit = self.settings.deadlines.start_s
         engines = tuple(sorted(rollout.fleet.serving))
@@ -211,7 +219,7 @@ class LearnerGroup:
         return sum(self.group.call_all("state_bytes", deadline_s=self.settings.deadlines.save_s))
 
     def begin_save(self, folder: str) -> Files:
-        """Every rank begins to write its own file; with checkpoint.background from a copy of its
+        """Let every rank begin to write its own file, with checkpoint.background from a copy of its
         state.
 
         Returns:
@@ -258,8 +266,8 @@ class LearnerGroup:
 
 
 def free_port_at(slot: Slot, start_s: float) -> tuple[str, int]:
-    """Address and a free TCP port of the node that the slot is on; if that node is gone, of the one
-    where Ray places the slot anew.
+    """The address of the slot's node and a TCP port that is free on it. If that node is gone, they
+    are those of the node where Ray places the slot anew.
     """
     node = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
     ref = ray.remote(_free_port).options(num_cpus=0, scheduling_strategy=node).remote()

@@ -13,13 +13,14 @@ from ray.util.metrics import Gauge
 from hybridrl.types import RunInfo, Sample
 
 PREFIX = "hybridrl_"
-"""Of the names of all gauges; Ray adds `ray_` before it."""
+"""The prefix of all gauge names; Ray puts `ray_` before it."""
 RUN = "run"
 """The label with the name of the run."""
 
 
 class PrometheusSink:
-    """A gauge for each metric, which holds its latest value, with the run's name as label.
+    """A sink with a gauge for each metric. The gauge holds the latest value and has the run's name
+    as a label.
 
     The gauges exist as long as this process is connected to Ray.
     """
@@ -37,7 +38,7 @@ class PrometheusSink:
                 self._gauge(name).set(float(value), {RUN: self._run})
 
     def samples(self, rows: Sequence[Sample]) -> None:
-        """Texts are no metrics; nothing is done."""
+        """Does nothing, since gauges hold no text."""
 
     def close(self, exit_code: int) -> None:
         self._gauges.clear()
@@ -49,5 +50,8 @@ class PrometheusSink:
 
 
 def gauge_name(metric: str) -> str:
-    """Without Ray's prefix. Example: "eval/hard/pass_at_4" -> "hybridrl_eval_hard_pass_at_4"."""
+    """The name of a metric's gauge, without Ray's prefix.
+
+    Example: "eval/hard/pass_at_4" -> "hybridrl_eval_hard_pass_at_4".
+    """
     return PREFIX + re.sub(r"[^a-zA-Z0-9_]", "_", metric)

@@ -1,4 +1,4 @@
-"""The connection to Ray: a cluster that is joined, or a local one of this process."""
+"""The connection to Ray: to a running cluster, or to a local one that this process starts."""
 
 import logging
 import math
@@ -33,7 +33,7 @@ from hybridrl.runtime.ray_internals import (
 from hybridrl.settings.run import ClusterConfig, RunSettings
 
 LOCAL = "local"
-"""Ray's word for a cluster of this machine, which the process starts."""
+"""The address with which Ray starts a cluster on this machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class Node:
 
 
 class Connection(Protocol):
-    """What the placement of workers needs of Ray."""
+    """The functions of Ray that the placement of workers needs."""
 
     def open(self, settings: RunSettings) -> None:
         """Raises:
@@ -67,20 +67,23 @@ class Connection(Protocol):
         """Reserve all bundles of resources at once.
 
         Args:
-            spread: on different nodes where possible.
+            spread: place them on different nodes where possible.
+            limit_s: how long to wait for room, in seconds.
 
         Returns:
-            None: there was no room within `limit_s`.
+            The reserved bundles; None: there was no room within `limit_s`.
         """
 
     def release(self, group: PlacementGroup) -> None: ...
 
     def nodes(self, group: PlacementGroup) -> dict[int, Node]:
-        """The node under each bundle."""
+        """The node of each bundle, by the bundle's index."""
 
 
 class RayConnection:
-    """Ray itself. A Ray that this process is connected to already is used and left running."""
+    """The real connection. If this process is already connected to a Ray, that one is used and left
+    running.
+    """
 
     def __init__(self) -> None:
         self._owned = False
@@ -127,21 +130,20 @@ class RayConnection:
 
 
 def node_of(record: Record) -> Node:
-    """The machine of one entry of ray.nodes()."""
+    """The node that an entry of ray.nodes() describes."""
     return Node(id=node_id(record), address=node_address(record), cpus=node_cpus(record))
 
 
 def object_store_bytes() -> float:
-    """The size of the object stores of all nodes together; infinite where Ray does not report
-    it.
-    """
+    """The total size of the object stores of all nodes; infinite if Ray does not report it."""
     return ray.cluster_resources().get("object_store_memory", math.inf)
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ignore Ctrl-C, SIGTERM and SIGHUP while the block lasts: a Ray whose end is interrupted
-    leaves processes for a minute. In a thread that gets no signals, do nothing.
+    """Ignore Ctrl-C, SIGTERM and SIGHUP while the block lasts: if Ray's shutdown is interrupted,
+    its processes stay for a minute. Does nothing outside the main thread, where Python cannot
+    handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -158,7 +160,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def starts_ray(cluster: ClusterConfig) -> bool:
-    """Whether a run starts a Ray of its own, on this machine alone."""
+    """Whether a run would start its own Ray, on this machine only."""
     address = cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
     return address == LOCAL and not ray.is_initialized()
 
@@ -174,8 +176,8 @@ def connect(settings: RunSettings) -> None:
     local = address == LOCAL
     try:
         check_answers(address, settings.deadlines.placement_s)
-        # Calls that wait for the result of a failed worker fail too. They are made again, and the
-        # old ones are never fetched.
+        # Calls that depend on the result of a failed worker fail too. They are repeated, and the
+        # errors of the old ones are never fetched.
         ignore_unfetched_errors()
         with private_token() if local else nullcontext(), sighup_blocked():
             ray.init(
@@ -184,7 +186,7 @@ def connect(settings: RunSettings) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except Exception as error:  # Ray raises no other type where its node is late to start
+    except Exception as error:  # Ray raises a plain Exception if its node starts too late
         reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
         if local:
             raise PlacementError(
@@ -199,13 +201,13 @@ def connect(settings: RunSettings) -> None:
 
 
 def check_connected(address: str | None) -> None:
-    """Refuse another cluster than the one that this process is connected to.
+    """Check that `address` is that of the cluster that this process is connected to.
 
     Args:
-        address: cluster.address; null and addresses without a port are any cluster.
+        address: cluster.address; null and addresses without a port match any cluster.
 
     Raises:
-        PlacementError: names both.
+        PlacementError: it is that of another cluster; the message names both.
     """
     connected = ray.get_runtime_context().gcs_address
     host, _, port = (address or "").rpartition(":")
@@ -225,11 +227,11 @@ def check_connected(address: str | None) -> None:
 
 @contextmanager
 def sighup_blocked() -> Iterator[None]:
-    """Processes that are started in the block, and their children, do not get SIGHUP; this process
-    gets it afterwards.
+    """Block SIGHUP, so that processes started in the block, and their children, never get it; this
+    process gets it after the block.
 
-    A terminal that is closed sends it to all of them, and Ray's own processes would end before the
-    driver has saved what was learned. Ray does the same with SIGINT.
+    A closed terminal sends it to all of them, and Ray's own processes would end before the driver
+    has saved what was learned. Ray does the same with SIGINT.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -240,8 +242,8 @@ def sighup_blocked() -> Iterator[None]:
 
 @contextmanager
 def private_token() -> Iterator[None]:
-    """Ray creates the token of a local cluster in the block, readable by every user of the machine;
-    afterwards only its owner can read it.
+    """Make the token of a local cluster, which Ray creates in the block, readable only by its
+    owner. Ray makes it readable by every user of the machine.
     """
     token = Path.home() / ".ray" / "auth_token"
     token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -253,8 +255,11 @@ def private_token() -> Iterator[None]:
 
 
 def check_answers(address: str, limit_s: float) -> None:
-    """Raise OSError unless a connection to host:port is accepted; Ray itself would try for minutes
-    and then end the process.
+    """Check that a process accepts connections at `address`, if it has the form HOST:PORT. Ray
+    itself would try for minutes and then end this process.
+
+    Raises:
+        OSError: no connection was accepted within `limit_s`.
     """
     host, colon, port = address.rpartition(":")
     if colon and port.isdecimal() and "/" not in host:

@@ -1,14 +1,14 @@
-"""What hybridrl reads of Ray beyond its documented interface.
+"""The details of Ray that hybridrl uses beyond its documented interface.
 
-Read in the version below. tests/runtime/test_ray_internals.py fails when another version is
-installed or when one of these details is no longer as described here. Ray itself is not imported
-here, since `hybridrl doctor` uses this file on machines without it.
+They were read in the version below. tests/runtime/test_ray_internals.py fails when another version
+is installed or when one of these details is no longer as described here. Ray is not imported here,
+since `hybridrl doctor` uses this file on machines without it.
 
-- RAY_IGNORE_UNHANDLED_ERRORS, in the environment of the driver: results that are never fetched are
-  not reported if they are errors.
-- The records of `ray.nodes()` and of `placement_group_table()`, whose keys have no description.
-- The text of an error: its first lines are the same for every death of an actor, and the last says
-  what happened.
+- RAY_IGNORE_UNHANDLED_ERRORS, in the environment of the driver: errors that are never fetched are
+  not reported.
+- The records of `ray.nodes()` and of `placement_group_table()`, whose keys are not documented.
+- The text of an error: its first lines are the same for every death of an actor, and the last line
+  says what happened.
 - The command line of a head's dashboard.
 """
 
@@ -26,7 +26,9 @@ Record = Mapping[str, Any]
 
 
 def ignore_unfetched_errors() -> None:
-    """Have this driver keep quiet about failed calls whose results it never fetches."""
+    """Make Ray report no failed calls whose results this driver never fetches. Call it before
+    ray.init.
+    """
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
 
@@ -42,7 +44,7 @@ def node_address(record: Record) -> str:
 
 
 def node_cpus(record: Record) -> int:
-    """Its CPUs by Ray's count; 1 where it has none."""
+    """The node's number of CPUs as Ray counts them; 1 if Ray lists none."""
     return int(record["Resources"].get("CPU", 1))
 
 
@@ -51,10 +53,10 @@ def is_alive(record: Record) -> bool:
 
 
 def nodes_of_bundles(table: Mapping[str, Any]) -> dict[int, str]:
-    """The id of the node under each bundle of a placement group.
+    """The id of the node of each bundle of a placement group.
 
     Args:
-        table: of one group, as placement_group_table(group) returns it.
+        table: what placement_group_table(group) returns.
     """
     return {int(bundle): node for bundle, node in table["bundles_to_node_id"].items()}
 
@@ -63,12 +65,12 @@ def nodes_of_bundles(table: Mapping[str, Any]) -> dict[int, str]:
 
 
 def cause_of(error: "RayTaskError") -> BaseException:
-    """What the method of an actor raised."""
+    """The exception that the method of an actor raised."""
     return error.cause
 
 
 def what_happened(error: "RayError") -> str:
-    """The last line of Ray's text."""
+    """The last line of an error's text, or its type if there is no text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""The worker that hands out the data's own responses, in the place of an engine."""
+"""The worker that returns the data's own responses in place of sampled ones."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,10 @@ from hybridrl.types import GenerateOrder, Prompt
 
 
 class ReplayGroup(StatelessGroup):
-    """consumes prompts with responses / produces chunks under way / waits for nothing."""
+    """Gets the data's own responses as chunks, like those of an engine.
+
+    consumes prompts with responses / produces chunks under way / waits for nothing.
+    """
 
     worker = "hybridrl.rollout.replay:Replay"
 
@@ -36,10 +39,10 @@ class ReplayGroup(StatelessGroup):
         return [Chunk(order=order, prompts=tuple(prompts), header=header, batch=batch)]
 
     def again(self, chunk: Chunk, watch: Callable[[], None] = watch_nothing) -> Chunk:
-        """The same responses once more, without a wait."""
+        """Get the same responses again, without waiting."""
         return self.generate(chunk.prompts, wave=chunk.order.wave)[0]
 
     def rank(self, chunks: Sequence[Chunk]) -> list[Pending]:
-        """One call per chunk: -> Rewards, which rank the responses in the data's own order."""
+        """Submit one call per chunk: -> Rewards, which rank the responses in the data's order."""
         limit = self.settings.deadlines.reward_s
         return [self.group.submit(0, "rank", chunk.batch.ref, deadline_s=limit) for chunk in chunks]

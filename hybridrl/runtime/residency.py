@@ -1,4 +1,4 @@
-"""Who holds what on the GPUs that engines and learner share, phase by phase."""
+"""The state that engines and learner hold on the GPUs that they share, in each phase."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from hybridrl.runtime.rollout_group import RolloutGroup
 
 
 class Phase(StrEnum):
-    """What a run does with its models at a time."""
+    """A phase of a run, by its use of the models."""
 
     sample = "sample"
     """engines sample: responses, the probe of their weights, evaluations"""
@@ -24,13 +24,14 @@ OF_ENGINES = {
     Phase.sync: ("weights",),
     Phase.learn: (),
 }
-"""The parts of an engine that are on its GPU; the others are in host memory or dropped."""
+"""The parts of an engine that are on its GPU in a phase; the others are in host memory or dropped.
+"""
 
 WITH_OPTIMIZER = {Phase.learn}
-"""Phases in which master weights, optimizer and gradients of the learner are on its GPU.
+"""Phases in which the learner's master weights, optimizer state and gradients are on its GPU.
 
-Its weights always are, since engines receive and the probe compares them. So are the scorers, which
-score chunks while others are sampled.
+The learner's weights are always there, since engines receive them and the probe uses them. So are
+the scorers, which score chunks while others are sampled.
 """
 
 
@@ -38,21 +39,21 @@ score chunks while others are sampled.
 class Residency:
     """Lets engines and learner take turns, in the order of the calls of `enter`.
 
-    consumes phases / produces engines and a learner that hold what the phase needs / waits for
-    those that make room, then for those that take it.
+    consumes phases / produces engines and a learner that hold what the phase needs / waits for the
+    workers that free GPU memory, then for those that need it.
     """
 
     takes_turns: bool
-    """false: all hold everything all the time, and nothing is called"""
+    """false: all workers keep everything on their GPUs, and nothing is called"""
     phase: Phase = Phase.learn
-    """the present one; workers are started with engines asleep, so that the learner has room"""
+    """the present phase; engines are put to sleep when they have started, so it is first `learn`"""
 
     def enter(self, phase: Phase, engines: Sequence[RolloutGroup], learner: LearnerGroup) -> None:
-        """Make room for what is needed in `phase`, then bring it to the GPUs.
+        """Free the GPU memory that `phase` does not need, then load what it needs.
 
         Raises:
             WorkerError: a learner rank failed.
-            FleetExhausted: an engine did, and no other can take its place.
+            FleetExhausted: an engine failed, and cannot be replaced.
         """
         if not self.takes_turns or phase is self.phase:
             return
@@ -72,7 +73,9 @@ class Residency:
         self.phase = phase
 
     def begin_again(self, engines: Sequence[RolloutGroup]) -> None:
-        """Make room for a new learner, whatever the present phase: it starts with its optimizer."""
+        """Put all engines to sleep in any phase, to make room for a new learner, which starts with
+        its optimizer on the GPU.
+        """
         if not self.takes_turns:
             return
         for group in engines:

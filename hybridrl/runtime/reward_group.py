@@ -11,7 +11,7 @@ from hybridrl.types import Sample
 
 
 class RewardGroup(StatelessGroup):
-    """Hands chunks to the reward workers in turn.
+    """Distributes chunks over the reward workers in turn.
 
     consumes chunks under way / produces calls that start when their chunk is done / `score` waits
     for nothing.
@@ -38,25 +38,25 @@ class RewardGroup(StatelessGroup):
         self.num_alone = 0  # chunks that came alone
 
     def score(self, chunks: Sequence[Chunk], weights: Sequence[float]) -> list[Pending]:
-        """One call per chunk of a wave: -> Rewards. The first worker gets the first chunk.
+        """Start one call per chunk of a wave: -> Rewards. The first worker gets the first chunk.
 
         Args:
-            weights: of the reward functions at this step, in the order of reward.functions.
+            weights: weights of the reward functions at this step, in the order of reward.functions.
         """
         return [self._score(i % self.group.size, chunk, weights) for i, chunk in enumerate(chunks)]
 
     def score_one(self, chunk: Chunk, weights: Sequence[float]) -> Pending:
-        """As `score`, for a chunk that comes alone: the workers take turns from call to call."""
+        """As `score`, for a single chunk; successive calls go to the workers in turn."""
         self.num_alone += 1
         return self._score((self.num_alone - 1) % self.group.size, chunk, weights)
 
     def _score(self, worker: int, chunk: Chunk, weights: Sequence[float]) -> Pending:
-        # The deadline counts from when the rewards are waited for, and then the chunks are done.
+        # The deadline counts from the start of the wait for rewards, when the chunks are done.
         limit = self.settings.deadlines.reward_s
         return self.group.submit(worker, "score", chunk.batch.ref, weights, deadline_s=limit)
 
     def samples(self, chunk: Chunk, rewards: Pending, step: int, count: int) -> tuple[Sample, ...]:
-        """Wait for the first `count` rollouts of a chunk as text."""
+        """Wait for the first `count` responses of a chunk as text."""
         limit = self.settings.deadlines.reward_s
         return self.group.submit(
             0, "samples", chunk.batch.ref, rewards.ref, step, count, deadline_s=limit

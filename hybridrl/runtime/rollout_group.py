@@ -1,4 +1,4 @@
-"""The vLLM engines of a run: which engine samples which chunk, and which weights they hold."""
+"""The group of a run's vLLM engines: it assigns chunks to engines and loads weights into them."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ PROBE = "probe"
 
 
 class RolloutGroup:
-    """Hands prompts to the engines that serve, and weights to all of them.
+    """Distributes prompts over the engines that serve, and loads weights into all of them.
 
     consumes prompts and weights / produces chunks under way / `generate` and `again` wait only
-    where no engine serves; `probe`, `cancel`, `quiet` and `load_weights` wait for the engines, and
+    while no engine serves; `probe`, `cancel`, `quiet` and `load_weights` wait for the engines, and
     replace those that fail.
     """
 
@@ -48,7 +48,7 @@ class RolloutGroup:
     ) -> None:
         """
         Args:
-            teacher: name of the teacher that the model is; None: it is the student.
+            teacher: name of the teacher, if the model is one; None: the model is the student.
         """
         self.settings = settings
         arguments = {
@@ -71,17 +71,17 @@ class RolloutGroup:
         )
         self.load = EngineLoad(len(slots))
         self.fleet = Fleet(self.group, settings.deadlines, closed_by(settings), self.load_latest)
-        # The weights that an engine must hold to serve; None: those that it has read from disk.
+        # The weights that an engine must hold to serve; None: those that it reads from disk.
         self.latest: tuple[WeightManifest, ray.ObjectRef] | None = None
 
     def configure(self, settings: RunSettings) -> None:
-        """Take sizes and deadlines from other settings from here on; the engines are unchanged."""
+        """Take sizes and deadlines from other settings from now on; the engines are unchanged."""
         self.settings = settings
         self.fleet.deadlines = settings.deadlines
 
     def begin_job(self, settings: RunSettings, log_dir: str) -> None:
-        """Sample for another job as engines that start with it do; the student's weights are those
-        of the job before until others are loaded.
+        """Serve another job as new engines would, except that they keep the weights of the previous
+        job until others are loaded.
         """
         self.configure(settings)
         self.group.begin_job(settings, log_dir, {"settings": settings})
@@ -104,12 +104,12 @@ class RolloutGroup:
         groups_per_chunk: int | None = None,
         watch: Callable[[], None] = watch_nothing,
     ) -> list[Chunk]:
-        """Start sampling. Chunks are contiguous in prompt order; each goes to the engine with the
-        fewest tokens to do.
+        """Start sampling. Each chunk has consecutive prompts and goes to the engine with the fewest
+        pending tokens.
 
         Args:
-            groups_per_chunk: None: as set in rollout.groups_per_chunk.
-            watch: as of `Fleet.admit`.
+            groups_per_chunk: None: rollout.groups_per_chunk.
+            watch: as in `Fleet.admit`.
         """
         self.fleet.admit(watch)
         rollout = self.settings.rollout
@@ -138,10 +138,10 @@ class RolloutGroup:
         return chunks
 
     def serving(self, watch: Callable[[], None] = watch_nothing) -> list[int]:
-        """The engines that serve; where none does, waits for those that are joining.
+        """The indices of the engines that serve; if none does, wait for one that is joining.
 
         Args:
-            watch: as of `Fleet.admit`.
+            watch: as in `Fleet.admit`.
         """
         self.fleet.admit(watch)
         return sorted(self.fleet.serving)
@@ -156,10 +156,10 @@ class RolloutGroup:
         temperature: float,
         seed: int,
     ) -> list[Chunk]:
-        """Start sampling a whole wave on one engine, with a chunk for each prompt.
+        """Start sampling a whole wave on one engine, with one chunk per prompt.
 
-        An idle engine computes the same bits for the same wave at any time, since the requests that
-        share its forward passes are the same.
+        An idle engine computes the same bits for the same wave at any time, since the same requests
+        share its forward passes.
         """
         orders = [
             GenerateOrder(
@@ -179,10 +179,10 @@ class RolloutGroup:
         ]
 
     def again(self, chunk: Chunk, watch: Callable[[], None] = watch_nothing) -> Chunk:
-        """The same responses once more, from an engine that serves.
+        """Sample the same responses again on an engine that serves.
 
         Args:
-            watch: as of `Fleet.admit`.
+            watch: as in `Fleet.admit`.
         """
         self.fleet.admit(watch)
         order = replace(chunk.order, wave=f"{chunk.order.wave}'", chunk=0, num_chunks=1)
@@ -206,14 +206,14 @@ class RolloutGroup:
     def probe(
         self, prompts: Sequence[Prompt], *, num_tokens: int, temperature: float, support: int = 0
     ) -> dict[str, Chunk]:
-        """Sample the same prompts on every serving engine and wait. Engines take these before all
-        other work. Those that fail, or stop answering pings, are replaced.
+        """Sample the same prompts on every serving engine and wait. Engines schedule these before
+        all other requests. Engines that fail, or stop answering pings, are replaced.
 
         Returns:
-            One chunk per engine, by the engine's name; at least one.
+            The chunk of each engine that succeeded, by the engine's name; at least one.
 
         Raises:
-            FleetExhausted: all engines failed, and cannot be replaced any more.
+            FleetExhausted: all engines failed and can no longer be replaced.
         """
         order = GenerateOrder(
             wave=PROBE,
@@ -240,7 +240,7 @@ class RolloutGroup:
         return chunks
 
     def cancel(self, chunks: Sequence[Chunk]) -> None:
-        """Stop sampling these chunks, each on the engine that has it."""
+        """Stop sampling these chunks, and wait until the engines have stopped."""
         groups: dict[str, list[str]] = defaultdict(list)  # by the name of the engine
         for chunk in chunks:
             names = [f"{chunk.order.wave}/{prompt.uid}" for prompt in chunk.prompts]
@@ -255,7 +255,9 @@ class RolloutGroup:
         )
 
     def abort(self) -> list[Pending]:
-        """Stop all sampling. One call per engine: -> how many responses it aborted."""
+        """Stop all sampling, without waiting: one call per engine, which returns the number of
+        aborted responses.
+        """
         limit = self.settings.deadlines.sync_s
         return [
             self.group.submit(engine, "abort", deadline_s=limit)
@@ -269,8 +271,8 @@ class RolloutGroup:
     # -- memory ------------------------------------------------------------------------------------
 
     def sleep(self) -> None:
-        """Have all engines leave their GPUs to others, and wait; no response is under way. Engines
-        that are asleep stay so.
+        """Free the GPU memory of all engines, and wait. No response may be under way. Engines that
+        are asleep stay asleep.
         """
         limit = self.settings.deadlines.sync_s
         self.fleet.lose_failed(
@@ -281,7 +283,11 @@ class RolloutGroup:
         )
 
     def wake_up(self, parts: Sequence[str]) -> None:
-        """Have all engines take these parts of rollout.sampler.PARTS back, and wait."""
+        """Bring parts of all engines back to their GPUs, and wait.
+
+        Args:
+            parts: some of rollout.sampler.PARTS.
+        """
         limit = self.settings.deadlines.sync_s
         self.fleet.lose_failed(
             [
@@ -293,7 +299,7 @@ class RolloutGroup:
     # -- failed engines ----------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Ask all engines for an answer, and replace those that give none."""
+        """Ping all engines, wait, and replace those that do not answer."""
         limit = self.settings.deadlines.heartbeat_s
         self.fleet.lose_failed(
             [
@@ -307,18 +313,18 @@ class RolloutGroup:
         return self.fleet.silent()
 
     def lose(self, error: WorkerError, watch: Callable[[], None] = watch_nothing) -> None:
-        """As Fleet.lose, without a wait."""
+        """As Fleet.lose; does not wait, so `watch` is not called."""
         self.fleet.lose(error)
 
     # -- weights -----------------------------------------------------------------------------------
 
     def load_weights(self, manifest: WeightManifest, packed: ray.ObjectRef) -> None:
-        """Load these weights into every engine, after copying them to the engines' nodes. An engine
-        that fails is replaced, and the others continue.
+        """Load these weights into every engine that serves, after copying them to the engines'
+        nodes. An engine that fails is replaced, and the others continue.
 
         Raises:
-            WeightSyncError: no engine loaded the weights, and some refused them: restarting engines
-                would not help.
+            WeightSyncError: no engine loaded the weights, and some refused them, so restarting
+                engines would not help.
         """
         self.latest = (manifest, packed)
         serving = sorted(self.fleet.serving)
@@ -335,7 +341,9 @@ class RolloutGroup:
         fan_out(self.group, engines, packed, deadline_s=limit, watch=self.fleet.silent)
 
     def load_latest(self, engine: int) -> Pending | None:
-        """Start loading the newest weights into an engine; None: it has read them from disk."""
+        """Start loading the newest weights into an engine; None: no weights were loaded yet, so it
+        serves those that it read from disk.
+        """
         return None if self.latest is None else self._load(engine, *self.latest)
 
     def _load(self, engine: int, manifest: WeightManifest, packed: ray.ObjectRef) -> Pending:
@@ -344,8 +352,8 @@ class RolloutGroup:
         )
 
     def leave_channel(self) -> None:
-        """Have all engines close their ends of a channel of nccl or ipc; an engine whose update was
-        interrupted cannot, and is replaced.
+        """Make all engines close their ends of a channel of nccl or ipc. An engine whose update was
+        interrupted cannot do that, and is replaced.
         """
         limit = self.settings.deadlines.sync_s
         self.fleet.lose_failed(
@@ -360,14 +368,14 @@ class RolloutGroup:
 
 
 def closed_by(settings: RunSettings) -> str | None:
-    """The setting because of which no engine can join the fleet; None: engines are replaced.
+    """The setting that prevents the replacement of engines; None: they are replaced.
 
-    An engine that starts measures the free memory of its GPU, which others may hold at that time if
-    they take turns.
+    A starting engine measures the free memory of its GPU. With cluster.take_turns, the learner may
+    hold that memory at the time.
     """
     return "cluster.take_turns=true" if settings.cluster.take_turns else None
 
 
 def longest_tokens(prompts: Sequence[Prompt], max_new_tokens: int, group_size: int) -> int:
-    """The tokens of prompts with their longest possible responses."""
+    """The number of tokens of these prompts with `group_size` longest responses each."""
     return sum(len(prompt.input_ids) + max_new_tokens for prompt in prompts) * group_size

@@ -1,4 +1,4 @@
-"""The replicas of one teacher."""
+"""The scorers of one teacher."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -26,9 +26,9 @@ class ScoreCall(NamedTuple):
 
 
 class ScorerGroup(StatelessGroup):
-    """Hands chunks to the replicas of one teacher in turn.
+    """Distributes chunks over the replicas of one teacher in turn.
 
-    A replica is one worker, or teachers.NAME.devices consecutive ones, which are given the same
+    A replica is one worker, or teachers.NAME.devices consecutive workers, which all get the same
     calls; the first of them sends the scores.
 
     consumes chunks under way / produces calls that start when their chunk is done / `score` waits
@@ -75,7 +75,9 @@ class ScorerGroup(StatelessGroup):
         self.num_alone = 0  # chunks that came alone
 
     def _arguments(self, workers: range) -> list[Mapping[str, object]]:
-        """Of the constructors of one replica's workers; several of them meet at a free port."""
+        """The constructor arguments of the workers of one replica. If it has several workers, they
+        connect through a port that is free on the node of the first.
+        """
         if self.devices == 1:
             return [self.arguments]
         master = free_port_at(self.slots[workers.start], self.start_s)
@@ -94,7 +96,9 @@ class ScorerGroup(StatelessGroup):
         return range(0, self.group.size, self.devices)
 
     def configure(self, settings: RunSettings) -> None:
-        """Score by other settings from here on, if they score with this teacher at all."""
+        """Use other settings from now on; the workers get them only if they score with this
+        teacher.
+        """
         self.settings = settings
         if self.teacher in settings.scored_teachers:
             evidence, rule = scoring(settings, self.teacher)
@@ -102,7 +106,7 @@ class ScorerGroup(StatelessGroup):
             self.group.call_all("configure", settings, evidence, rule, deadline_s=limit)
 
     def begin_job(self, settings: RunSettings, log_dir: str) -> None:
-        """Score for another job as scorers that start with it do: nothing is cached."""
+        """Serve another job as new scorers would, with nothing cached."""
         evidence, rule = scoring(settings, self.teacher)
         changed = {"settings": settings, "evidence": evidence, "rule": rule}
         self.arguments = {**self.arguments, **changed}
@@ -118,8 +122,8 @@ class ScorerGroup(StatelessGroup):
         )
 
     def begin_save(self, folder: str) -> Files:
-        """Write the cached log-probs, 4 bytes a token, which takes too little time to do it beside
-        the next step.
+        """Write the cached log-probs before this returns: with 4 bytes a token that takes too
+        little time to be done in the background.
         """
         saved = self._replica_files("save_state", folder, self.first_ranks)
         return lambda: saved
@@ -137,18 +141,18 @@ class ScorerGroup(StatelessGroup):
         return [file for files in gather(calls) for file in files]
 
     def score(self, chunks: Sequence[Chunk]) -> list[ScoreCall]:
-        """One call per chunk of a wave, which starts when the chunk is done. The first replica gets
-        the first chunk.
+        """Submit one call per chunk of a wave, which starts when the chunk is done. The first
+        replica gets the first chunk.
         """
         return [self._score(i % self.replicas, chunk) for i, chunk in enumerate(chunks)]
 
     def score_one(self, chunk: Chunk) -> ScoreCall:
-        """As `score`, for a chunk that comes alone: the replicas take turns from call to call."""
+        """As `score`, for a single chunk; successive calls go to the replicas in turn."""
         self.num_alone += 1
         return self._score((self.num_alone - 1) % self.replicas, chunk)
 
     def _score(self, replica: int, chunk: Chunk) -> ScoreCall:
-        # The deadline counts from when the scores are waited for, and then the chunks are done.
+        # The deadline counts from the start of the wait for scores, when the chunks are done.
         limit = self.settings.deadlines.score_s
         first, *others = self.group.members(replica * self.devices)
         header, scores = self.group.submit_pair(first, "score", chunk.batch.ref, deadline_s=limit)
@@ -160,7 +164,7 @@ class ScorerGroup(StatelessGroup):
 
 
 def scoring(settings: RunSettings, teacher: str) -> tuple[Evidence, HeadRule]:
-    """The evidence that a scored teacher sends of each token, and the rule of the head pass that
+    """The evidence that a scored teacher sends for each token, and the rule of the head pass that
     reads it.
     """
     position = settings.scored_teachers.index(teacher)

@@ -11,8 +11,8 @@ REMINDER_S = 20.0
 
 
 class StartUp:
-    """Waits for workers to start. Announces each when it is ready, and from time to time those that
-    are not.
+    """Waits for workers to start. Prints a line when one is ready, and a reminder of the others
+    every REMINDER_S.
 
     Args:
         say: prints one line.
@@ -28,10 +28,10 @@ class StartUp:
         """Wait for the first call to each of some workers.
 
         Raises:
-            WorkerError: a worker could not be built, or did not answer in time; then all workers
-                have written their stacks into their logs.
+            WorkerError: a worker could not be built, or did not answer in time; in the latter case
+                all workers have been signalled to write their stacks to their logs.
         """
-        for started in [p for p in pending if is_done(p)]:  # while something else was waited for
+        for started in [p for p in pending if is_done(p)]:  # they started during an earlier wait
             self._say(f"  {started.worker} is up")
         self._waiting = [p for p in pending if not is_done(p)]
         try:

@@ -1,4 +1,4 @@
-"""The common part of the groups whose workers hold no state that a run needs."""
+"""The base class of groups whose workers hold no state that a run needs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from hybridrl.settings.run import RunSettings
 
 
 class StatelessGroup:
-    """Workers that are alike: calls go to any of them, and one that fails is replaced."""
+    """Interchangeable workers: a call may go to any of them, and one that fails is replaced."""
 
     worker: str  # module:class
 
@@ -27,9 +27,9 @@ class StatelessGroup:
     ) -> None:
         """
         Args:
-            arguments: of each worker's constructor.
-            unit, renewed: as of ActorGroup. Workers of a unit are called together, so that a call
-                to one of them must not overtake another.
+            arguments: the arguments of each worker's constructor.
+            unit, renewed: as in ActorGroup. The workers of a unit are called together, so no call
+                to one of them may overtake another.
         """
         self.settings = settings
         self.group = ActorGroup(
@@ -50,19 +50,19 @@ class StatelessGroup:
         self.group.begin_job(settings, log_dir)
 
     def lose(self, error: WorkerError, watch: Callable[[], None] = watch_nothing) -> None:
-        """Start another worker in the place of the one that failed, with all of its unit, and wait
-        until it is built.
+        """Replace the worker that failed and its unit, and wait until the new ones are built.
 
         Args:
-            watch: as of `await_first`.
+            watch: as in `await_first`.
 
         Raises:
-            FleetExhausted: cluster.max_restarts is used up.
+            FleetExhausted: cluster.max_restarts is used up, or a new worker failed with the same
+                error at once.
         """
         self.group.rebuild(error, self.settings.deadlines.start_s, watch)
 
     def ready(self) -> list[Pending]:
-        """One call per worker, which ends when it is built."""
+        """Submit one call per worker, which ends when the worker is built."""
         return self.group.submit_all("ping", deadline_s=self.settings.deadlines.start_s)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""From the learner to every engine: one weight version after another."""
+"""Sending weight versions from the learner to every engine."""
 
 from hybridrl.runtime.learner_group import LearnerGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
@@ -6,8 +6,8 @@ from hybridrl.settings.choices import WeightTransfer
 
 
 class WeightSync:
-    """Publishes versions. An engine serves a version only after every worker in it has acknowledged
-    the digest of the bytes.
+    """Publishes weight versions. An engine serves a version only after every worker in it has
+    acknowledged the digest of the bytes.
 
     consumes the learner's weights / produces engines that serve them / waits for the learner, then
     for the engines.
@@ -19,7 +19,7 @@ class WeightSync:
         self.learner = learner
         self.rollout = rollout
         self.backend = backend
-        # That the channel has sent last; None: none, or an update is under way.
+        # The version that the channel sent last; None: none yet, or an update is under way.
         self.version: int | None = None
         if backend is not WeightTransfer.object_store:
             rollout.fleet.joined = self._send_again
@@ -31,8 +31,9 @@ class WeightSync:
             The bytes that each engine received.
 
         Raises:
-            WeightSyncError: every engine received other bytes, or did not load all of them.
-            WorkerError: an engine failed while nccl or ipc sent to it.
+            WeightSyncError: no engine loaded the weights, and some received other bytes or did not
+                load all of them.
+            WorkerError: an engine failed while nccl or ipc sent weights to it.
         """
         if self.backend is WeightTransfer.object_store:
             manifest, packed = self.learner.pack_weights(version)
@@ -44,10 +45,10 @@ class WeightSync:
     # -- the channel of nccl or ipc ----------------------------------------------------------------
 
     def _send(self, version: int) -> int:
-        """Send to all engines that serve, those that are ready to join among them. The channel is
-        formed anew after every loss and every arrival.
+        """Send to all engines that serve, after admitting those that are ready. The channel is
+        opened anew whenever an engine was lost or has joined.
         """
-        self.version = None  # engines that join from here on need no sending of their own
+        self.version = None  # engines that join from here on get the weights with the others
         self.rollout.fleet.admit()
         if not self.learner.is_connected(self.rollout):
             self.rollout.leave_channel()
@@ -58,8 +59,8 @@ class WeightSync:
         return num_bytes
 
     def _send_again(self) -> None:
-        """After an engine has joined, which has the weights that it read from disk. Between two
-        updates the learner still has those that it sent last.
+        """Send the last version again after an engine has joined, which has only read the weights
+        on disk. Between two updates the learner still has the weights that it sent last.
         """
         if self.version is not None:
             self._send(self.version)

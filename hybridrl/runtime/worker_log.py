@@ -1,4 +1,4 @@
-"""The file that has the output of a worker's process."""
+"""The log file of a worker process."""
 
 import faulthandler
 import os
@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 
 STACKS = signal.SIGUSR1
-"""Makes a worker write the stack of each of its threads into its log, also while it is busy outside
-Python.
+"""The signal at which a worker writes the stacks of its threads to its log, even while it runs code
+outside Python.
 """
 
 
 class WorkerLog:
-    """The output of this process, which goes to a file from now on. There is one in a process.
+    """Sends the output of this process to a file. A process has at most one.
 
-    Processes that it starts write to the file of the time of their start.
+    Child processes write to the file that was current when they were started.
     """
 
     def __init__(self, path: str) -> None:
@@ -24,7 +24,7 @@ class WorkerLog:
         faulthandler.register(STACKS, file=self._descriptor, all_threads=True)
 
     def move(self, path: str) -> None:
-        """Write to another file from here on."""
+        """Write to another file from now on."""
         descriptor = opened(path)
         os.dup2(descriptor, self._descriptor)  # the stacks go there too
         os.close(descriptor)
@@ -38,6 +38,6 @@ class WorkerLog:
 
 
 def opened(path: str) -> int:
-    """The descriptor of a file that grows, in a folder that is made."""
+    """Open a file for appending, and make its folder if needed. Returns the file descriptor."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,6 +1,4 @@
-"""All workers of a run: where each is placed, how they are started together, and how those that
-fail are replaced.
-"""
+"""All workers of a run: their placement, their common start, and the replacement of failed ones."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +29,10 @@ Group = RolloutGroup | ScorerGroup | RewardGroup | ReplayGroup | LearnerGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
-    """The running groups."""
+    """The worker groups of a run."""
 
     rollout: RolloutGroup
-    teacher_rollout: RolloutGroup | None  # None: the teacher writes nothing
+    teacher_rollout: RolloutGroup | None  # None: the teacher samples no responses
     replay: ReplayGroup | None  # None: no responses come from the data
     scorers: list[ScorerGroup]  # in the order of settings.teachers_with_scorers
     rewards: RewardGroup
@@ -66,23 +64,24 @@ class Workers:
 
     @property
     def intact(self) -> bool:
-        """Whether all of them are those that were started, and serve."""
+        """Whether no worker has been replaced and all engines serve."""
         all_serve = all(len(group.fleet.serving) == group.group.size for group in self.engines)
         return all_serve and not self.restarts
 
     def silent(self) -> Pending | None:
-        """A ping that some engine should have answered by now; None: all answer."""
+        """An overdue ping of some engine, as Fleet.silent; None: all engines answer."""
         return next((ping for group in self.engines if (ping := group.silent()) is not None), None)
 
     def lose(self, error: WorkerError, watch: Callable[[], None] = watch_nothing) -> None:
         """Replace the worker that failed.
 
         Args:
-            watch: called every WATCH_S while another one starts; what it raises ends the wait.
+            watch: called every WATCH_S while the new one starts; an exception from it ends the
+                wait.
 
         Raises:
-            WorkerError: `error` itself, if only going back to a checkpoint helps: a learner's rank
-                failed, or values of a lost node are gone.
+            WorkerError: `error` itself, if the run can only continue from a checkpoint: a learner
+                rank failed, or values were lost with a node.
             FleetExhausted: too many workers of its kind failed.
         """
         for group in self.groups:
@@ -102,7 +101,7 @@ def place_workers(settings: RunSettings, cluster: Cluster) -> Slots:
 
 
 def teams(settings: RunSettings) -> list[Team]:
-    """The workers of the run, kind by kind."""
+    """The teams of workers of a run, one of each kind."""
     rollout = settings.rollout
     found = [
         Team(name="learner", size=settings.learner.ranks, gpus=1, heavy=True),
@@ -112,7 +111,7 @@ def teams(settings: RunSettings) -> list[Team]:
     for name in settings.teachers_with_scorers:
         teacher = settings.teachers[name]
         size = settings.scorer.replicas * teacher.devices
-        computes = teacher.url is None  # else its scorer only sends requests
+        computes = teacher.url is None  # otherwise its scorer only sends requests
         found.append(Team(name=f"scorer-{name}", size=size, gpus=teacher.gpus, heavy=computes))
     if settings.algorithm.teacher_fraction:
         found.append(Team(name="teacher", size=1, gpus=rollout.tensor_parallel, heavy=True))
@@ -129,20 +128,21 @@ def start_workers(
     say: Callable[[str], None] = log.info,
     before_engines: Callable[[RewardGroup], None] = lambda rewards: None,
 ) -> Workers:
-    """Start all workers at the same time; return when all answer.
+    """Start all workers and wait until all answer.
 
-    Loading takes each of them many seconds of one core, so nothing waits that need not. Colocated
-    engines come first, one group after the other: an engine measures the free memory of its GPU,
-    and no other worker may take some of it meanwhile. Those that take turns then sleep.
+    Each worker loads for many seconds on one core, so they load at the same time where possible.
+    Colocated engines start before the learner and the scorers, and one group after the other: an
+    engine measures the free memory of its GPU, so no other worker may take memory at that time.
+    With cluster.take_turns the engines then sleep.
 
     Args:
-        say: prints a line about each worker that is up.
-        before_engines: called when the reward workers answer. On GPUs the engines start after it,
-            those that score among them, so that it can use their places; other workers load
-            meanwhile.
+        say: prints a line about each worker that has started.
+        before_engines: called when the reward workers answer. On GPUs all engines, including those
+            that score, start after it, so that it can use their GPUs. Other workers may be loading
+            while it runs.
 
     Raises:
-        WorkerError: a worker could not be built, within deadlines.start_s.
+        WorkerError: a worker could not be built within deadlines.start_s.
     """
     start_up = StartUp(say)
     rewards = RewardGroup(settings, slots["reward"], log_dir=log_dir)
@@ -177,7 +177,7 @@ def start_workers(
 def start_learner_and_scorers(
     settings: RunSettings, cluster: Cluster, slots: Slots, log_dir: str
 ) -> tuple[LearnerGroup, list[ScorerGroup]]:
-    """Start them, without waiting."""
+    """Start the learner and the scorers, without waiting until they are built."""
     device = cluster.device
     learner = LearnerGroup(settings, slots["learner"], device=device, log_dir=log_dir)
     scorers = [
@@ -190,11 +190,11 @@ def start_learner_and_scorers(
 def start_engines(
     settings: RunSettings, cluster: Cluster, slots: Slots, log_dir: str, start_up: StartUp
 ) -> tuple[RolloutGroup, RolloutGroup | None]:
-    """Start the student's engines, and the teacher's where it samples; wait for those that are
-    colocated.
+    """Start the student's engines, and the teacher's engine if it samples responses. With
+    cluster.colocate, wait until they are built.
 
     Raises:
-        WorkerError: a colocated engine could not be built, within deadlines.start_s.
+        WorkerError: a colocated engine could not be built within deadlines.start_s.
     """
     models: list[tuple[str, ModelConfig, Source, str | None]]
     models = [("rollout", settings.model, Source.student, None)]
@@ -230,14 +230,15 @@ def begin_job(
     say: Callable[[str], None] = log.info,
     before_engines: Callable[[RewardGroup], None] = lambda rewards: None,
 ) -> Workers:
-    """The same workers for another job, which computes what it would with workers of its own;
-    return when all are ready for it.
+    """Prepare the workers of a job for another one, which computes the same as with new workers;
+    wait until all are ready.
 
-    Reward workers are others: they run the user's code, whose state only a new process forgets.
+    The reward workers are replaced: they run the user's code, whose state only a new process
+    forgets.
 
     Args:
-        workers: of a job that is done, intact; `launch.worker_conditions` of both jobs are equal.
-        say, before_engines: as of start_workers.
+        workers: the intact workers of a finished job with equal `launch.worker_conditions`.
+        say, before_engines: as in start_workers.
 
     Raises:
         WorkerError: a worker did not answer in time, or raised an error.
@@ -261,9 +262,9 @@ def recover(
     error: WorkerError,
     log_dir: str,
 ) -> Workers:
-    """The same workers with a new learner, and with another worker in the place of the one that
-    failed if it was none of the learner's. Responses that were sampled for the old learner are
-    aborted. The new one is still starting when this returns.
+    """Replace the learner, and the worker that failed if it is not one of the learner's; keep all
+    other workers. Responses that were being sampled for the old learner are aborted. The new
+    learner is still starting when this returns.
 
     Raises:
         FleetExhausted: too many workers of another kind failed.
