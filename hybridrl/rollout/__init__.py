@@ -1,1 +1,1 @@
-"""Where responses come from: a vLLM engine, or the data's own responses."""
+"""The sources of responses: a vLLM engine, or the data's own responses."""

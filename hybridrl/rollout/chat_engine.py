@@ -1,5 +1,5 @@
-"""One engine of vLLM in this process, which answers one prompt after the other and shows each token
-as soon as it is sampled.
+"""The engine of `hybridrl chat`, which answers one prompt after the other and yields each piece of
+text as soon as it is sampled.
 """
 
 from collections.abc import Generator, Sequence
@@ -22,8 +22,8 @@ class ChatEngine:
             print(piece, end="", flush=True)
 
     Args:
-        settings: of the engine.
-        model: the weights that it loads.
+        settings: settings of the engine.
+        model: the weights that the engine loads.
         device: cpu or cuda.
     """
 
@@ -38,12 +38,12 @@ class ChatEngine:
         self._requests = count()
 
     def answer(self, token_ids: Sequence[int], *, temperature: float, seed: int) -> Generator[str]:
-        """Sample a response; yields each piece of its text, without special tokens. An iterator
-        that is closed before its end stops the sampling.
+        """Sample a response; yields each piece of its text, without special tokens. Closing the
+        iterator before its end stops the sampling.
 
         Args:
-            token_ids: of the prompt.
-            temperature: 0: always the most likely token.
+            token_ids: the tokens of the prompt.
+            temperature: 0: always take the most likely token.
 
         Raises:
             DataError: the engine refuses the prompt.

@@ -1,5 +1,5 @@
-"""The worker around one vLLM engine: samples responses, and answers pings, aborts and weight
-updates in the meantime.
+"""The worker around one vLLM engine. It answers pings, aborts and weight updates while it samples
+responses.
 """
 
 import logging
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 CPU_KV_CACHE_BYTES = 2**28  # on CPUs, unless rollout.kv_cache_bytes is set
-CPU_PREFILL_TOKENS = 8192  # tokens of one step of the engine on CPUs, or those of one sequence
-GPU_PREFILL_TOKENS = 16384  # on GPUs; what vLLM's class LLM takes on an H100
+CPU_PREFILL_TOKENS = 8192  # most tokens of one engine step on CPUs, unless a sequence is longer
+GPU_PREFILL_TOKENS = 16384  # the same on GPUs; the default of vLLM's class LLM on an H100
 CORE_WATCH_S = 1.0  # between two checks whether the engine core has ended
 
 
@@ -68,11 +68,10 @@ class Rollout:
         model: the weights that the engine loads from disk.
         device: "cpu" or "cuda".
         backend: as in engine_args.
-        source: which kind of response the engine samples, for the batches.
-        rollouter: makes a response out of the engine's completions; None: a response is one
-            completion.
-        teacher: name of the teacher that the model is, which reads its own prompts and has its own
-            end token; None: it is the student.
+        source: who writes the responses, which the batches record.
+        rollouter: makes a response of the engine's completions; None: a response is one completion.
+        teacher: name of the teacher if the model is one, which reads its own prompts and has its
+            own end token; None: the model is the student.
     """
 
     def __init__(
@@ -86,9 +85,9 @@ class Rollout:
         rollouter: Rollouter | None = None,
         teacher: str | None = None,
     ) -> None:
-        # One device: the engine runs in this process, because IPC handles do not pass through
+        # With one device the engine runs in this process, because IPC handles do not pass through
         # vLLM's message queue, and because an engine in a process of its own steps as soon as the
-        # first request is there, so that the batch would depend on arrival times.
+        # first request arrives, so that the batches would depend on arrival times.
         self.own_process = settings.rollout.tensor_parallel > 1
         alone = teacher is None and settings.lora.travels_alone
         lora = settings.lora if alone else None
@@ -106,11 +105,11 @@ class Rollout:
         self.engine.set_weight_version(str(self.sampler.version))
         # The memory of an engine core in another process is not measured.
         self.peaks = None if self.own_process else PeakMemory.of_device(device)
-        self.last_sync: dict[str, int] = {}  # the peak of the last sync, by its phase
+        self.last_sync: dict[str, int] = {}  # peak memory of the last sync: {"sync": bytes}
 
     async def ping(self) -> dict[str, int]:
-        """The number of unfinished requests, the version of the weights, and how many parts of its
-        memory are asleep.
+        """The number of unfinished requests, the version of the weights, and the number of PARTS
+        that are asleep.
         """
         return {
             "unfinished": self.engine.get_num_unfinished_requests(),
@@ -119,8 +118,8 @@ class Rollout:
         }
 
     async def begin_job(self) -> None:
-        """Sample for another job as an engine that starts with it does. The weights stay until
-        others are loaded.
+        """Serve another job as a new engine would, except that the weights stay until others are
+        loaded.
         """
         self.sampler.begin_job()
         self._work(tokens=0)
@@ -144,8 +143,8 @@ class Rollout:
         return replace(header, engine=self.meter.take(), work=work), batch
 
     def _work(self, *, tokens: int) -> Work:
-        """What it did since the last call. The peak of a sync is in every report until the next
-        sync: the first of them are those of the probe and of evaluations, which no step reads.
+        """The work since the last call. The peak of a sync is in every report until the next sync,
+        because the first reports, of the probe and of evaluations, are in no step's metrics.
         """
         peaks = {} if self.peaks is None else self.peaks.take()
         if "sync" in peaks:
@@ -164,11 +163,11 @@ class Rollout:
     # -- memory ------------------------------------------------------------------------------------
 
     async def sleep(self) -> None:
-        """Leave the GPU's memory to others until `wake_up`, as Sampler.sleep. It answers pings."""
+        """Free the GPU's memory until `wake_up`, as Sampler.sleep; pings are still answered."""
         self.sampler.sleep()
 
     async def wake_up(self, parts: Sequence[str]) -> None:
-        """Take memory back for these parts of PARTS; with both, it samples again."""
+        """Bring these parts of PARTS back to the GPU, as Sampler.wake_up."""
         self.sampler.wake_up(parts)
 
     # -- weights, backend object_store -------------------------------------------------------------
@@ -178,11 +177,11 @@ class Rollout:
         serve their version.
 
         Returns:
-            the digest of the bytes that the engine's workers received.
+            The digest of the bytes that the engine's workers received.
 
         Raises:
-            WeightSyncError: the workers did not all load what the manifest says. The engine stays
-                paused, since its weights are neither the old nor the new ones.
+            WeightSyncError: some worker did not load what the manifest says. The engine stays
+                paused, since its weights may be neither the old nor the new ones.
         """
         failpoints.hit("rollout.load_weights", version=manifest.version)
         try:
@@ -202,7 +201,7 @@ class Rollout:
         return manifest.digest
 
     async def _update(self, manifest: WeightManifest, packed: np.ndarray) -> None:
-        """Pause, and hand the bytes to the engine's workers."""
+        """Pause the engine, and load the weights into its workers."""
         if self.sampler.adapter is not None:
             self.sampler.pause()
             with self._within_reach(packed) as place:
@@ -217,8 +216,8 @@ class Rollout:
 
     @contextmanager
     def _within_reach(self, packed: np.ndarray) -> Iterator[dict[str, Any]]:
-        """How the engine's workers receive the buffer: as it is if they are in this process, as a
-        file in shared memory if they are in others.
+        """The arguments by which the engine's workers get the buffer: the buffer itself if they are
+        in this process, the path of a file in shared memory if they are in others.
         """
         if not self.own_process:
             yield {"packed": packed}
@@ -240,7 +239,7 @@ class Rollout:
         """
         self.engine.collective_rpc("shutdown_weight_transfer_engine")
 
-    # They are calls of their own, between which the event loop runs other coroutines. So the first
+    # An update is several calls, between which the event loop runs other coroutines. So the first
     # pauses the engine, and the last resumes it with the version of the new weights.
 
     async def start_weight_update(self) -> None:
@@ -259,12 +258,16 @@ class Rollout:
 def start_engine(
     make_args: Callable[[], "EngineArgs"], *, own_process: bool
 ) -> tuple["LLMEngine", EngineMeter]:
-    """An engine of vLLM, loaded, and what measures it.
+    """Load a vLLM engine.
 
     Args:
-        make_args: makes its arguments; called when the environment is set, which vLLM reads as it
-            is imported.
-        own_process: its core runs in a process of its own, and this process ends with it.
+        make_args: makes the engine's arguments; called after the environment is set, which vLLM
+            reads when it is imported.
+        own_process: whether the engine core runs in a process of its own; this process then ends
+            with it.
+
+    Returns:
+        The engine and its meter.
     """
     os.environ |= environment(own_process=own_process)
     with collection_paused():
@@ -283,13 +286,13 @@ def engine_args(
     backend: str,
     lora: LoraConfig | None = None,
 ) -> "EngineArgs":
-    """vLLM's arguments for an engine of these settings, those of rollout.engine among them.
+    """vLLM's arguments for an engine that samples, including those of rollout.engine.
 
     Args:
         model: the weights that the engine loads from disk.
         device: "cpu" or "cuda".
         backend: the way in which later weights arrive, a value of `rollout.weight_transfer`.
-        lora: of adapters that arrive by themselves; None: later weights are whole.
+        lora: settings of adapters that arrive without the base weights; None: all weights arrive.
     """
     from vllm import EngineArgs
     from vllm.config import WeightTransferConfig
@@ -297,7 +300,7 @@ def engine_args(
     rollout = settings.rollout
     assert rollout.max_model_len is not None, "launch.lengths decides it before any engine starts"
     on_cpu = device == "cpu"
-    # vLLM ties the embeddings if the config says so; the learner also compares the weights.
+    # vLLM ties the embeddings if the config says so; the learner also compares their weights.
     tied = {"tie_word_embeddings": False} if is_wrongly_tied(model.path, model.revision) else {}
     chosen = {
         "enforce_eager": on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
@@ -316,12 +319,12 @@ def engine_args(
         distributed_executor_backend="mp" if rollout.tensor_parallel > 1 else "uni",
         kv_cache_memory_bytes=rollout.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
         gpu_memory_utilization=rollout.gpu_memory_utilization,
-        # vLLM refuses it on CPUs, where an engine that sleeps keeps its memory all the same.
+        # vLLM refuses it on CPUs, where a sleeping engine keeps its memory anyway.
         enable_sleep_mode=settings.cluster.take_turns and not on_cpu,
         # vLLM's CPU runner cannot rewind a seeded generator after a partial prefill, so each prompt
         # is prefilled in one piece there. None: vLLM's own choice.
         enable_chunked_prefill=False if on_cpu else None,
-        # Log-probs with the temperature applied, that is of the distribution that is sampled.
+        # Log-probs of the distribution that is sampled, i.e. with the temperature applied.
         logprobs_mode="processed_logprobs",
         max_logprobs=most_logprobs(settings),
         seed=settings.run.seed,
@@ -335,14 +338,14 @@ def engine_args(
 
 
 def most_logprobs(settings: RunSettings) -> int:
-    """How many of a token's log-probs an engine can be asked for; 20 is vLLM's own choice."""
+    """The most log-probs per token that a request may ask for; 20 is vLLM's default."""
     return max(settings.algorithm.topk.k, 20)
 
 
 def adapter_args(model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
     """vLLM's arguments for an engine with one adapter.
 
-    Without target modules it would make room for adapters of the embeddings too.
+    Without target modules vLLM would also reserve memory for adapters of the embeddings.
     """
     layout = load_layout(model.path, model.revision, setting="model.path")
     return {
@@ -354,10 +357,10 @@ def adapter_args(model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
 
 
 def stop_token_ids(model: ModelConfig) -> list[int]:
-    """The tokens at which an engine stops besides those of the model's own settings.
+    """The tokens at which an engine stops, in addition to those of the model's own settings.
 
     Raises:
-        ConfigError: model.eos is none of the special tokens of the model's tokenizer.
+        ConfigError: model.eos is not a special token of the model's tokenizer.
     """
     if model.eos is None:
         return []
@@ -367,7 +370,7 @@ def stop_token_ids(model: ModelConfig) -> list[int]:
 def prefill_tokens(rollout: RolloutConfig, *, on_cpu: bool) -> int:
     """The most tokens of one step of the engine.
 
-    vLLM would choose 2048 on a GPU for an engine that is not made by its class LLM. There a longer
+    On a GPU vLLM would choose 2048, since the engine is not made by its class LLM. On GPUs a longer
     prompt is prefilled in several steps; on CPUs it must fit into one.
     """
     if tokens := rollout.engine.get("max_num_batched_tokens"):
@@ -378,8 +381,7 @@ def prefill_tokens(rollout: RolloutConfig, *, on_cpu: bool) -> int:
 def end_with_core(engine: "LLMEngine") -> None:
     """End this process when the process of its engine core has ended.
 
-    vLLM detects that too, but a call that is already under way would wait forever and block all
-    others.
+    vLLM detects that too, but a call that is under way would wait forever and block all others.
     """
     while not core_has_ended(engine):
         time.sleep(CORE_WATCH_S)

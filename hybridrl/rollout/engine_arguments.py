@@ -1,7 +1,7 @@
-"""The arguments of vLLM's engine that a user sets by rollout.engine or teachers.NAME.engine.
+"""Checks of vLLM's engine arguments that a user sets in rollout.engine or teachers.NAME.engine.
 
-They are compared with the argument class of the installed vLLM. Its import takes seconds and
-changes torch, so `python -m hybridrl.rollout.engine_arguments` does that in a child process.
+They are compared with the argument class of the installed vLLM. Importing vLLM takes seconds and
+changes torch, so a child process (`python -m hybridrl.rollout.engine_arguments`) does that.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.settings.rollout import RolloutConfig
 
 IMPORT_S = 120.0  # timeout of the child process, which imports vLLM
-MESSAGE = 200  # characters of what vLLM says about a value
+MESSAGE = 200  # the most characters of vLLM's message about a value
 
 DECIDED_BY = {
     "model": "model.path",
@@ -47,7 +47,7 @@ DECIDED_BY = {
     "max_lora_rank": "lora.rank",
     "lora_target_modules": "lora.targets",
 }
-"""The setting that decides an argument of an engine that samples."""
+"""For an engine that samples: the setting that decides an argument."""
 
 ONE_NODE = "an engine has the devices of one node"
 NEVER = {
@@ -63,7 +63,7 @@ NEVER = {
     "node_rank": ONE_NODE,
     "device_ids": ONE_NODE,
 }
-"""Why an argument has one value in every engine."""
+"""Arguments that have the same value in every engine, and why."""
 FIXED = NEVER | {
     "logprobs_mode": "the log-probs must be those of the distribution that is sampled",
     "scheduling_policy": "the requests have priorities",
@@ -71,30 +71,30 @@ FIXED = NEVER | {
     "enable_chunked_prefill": "CPUs need it off for reproducible samples, and GPUs have it on",
     "worker_extension_cls": "the extension acknowledges each update of the weights",
 }
-"""Why an argument has one value in every engine that samples."""
+"""Arguments that have the same value in every engine that samples, and why."""
 FIXED_OF_TEACHER = NEVER | {
     "logprobs_mode": "the log-probs must be those of the teacher's own distribution",
     "enable_prefix_caching": "vLLM does not read it for log-probs of a prompt",
     "weight_transfer_config": "the teacher's weights do not change",
     "worker_extension_cls": "the teacher's weights do not change",
 }
-"""Why an argument has one value in every engine that scores."""
+"""Arguments that have the same value in every engine that scores, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArgumentRules:
-    """Which arguments a kind of engine takes from the user."""
+    """The arguments that a user may not set for a kind of engine."""
 
     setting: str
-    """with the arguments"""
+    """the setting that holds the user's arguments"""
     decided_by: Mapping[str, str]
-    """the setting that decides an argument"""
+    """by argument: the setting that decides it"""
     fixed: Mapping[str, str]
-    """why an argument has one value"""
+    """by argument: why it always has the same value"""
 
     @classmethod
     def of_teacher(cls, name: str) -> "ArgumentRules":
-        """For teachers.NAME.engine."""
+        """The rules of teachers.NAME.engine."""
         decided_by = {
             argument: setting.replace("model.", f"teachers.{name}.")
             for argument, setting in DECIDED_BY.items()
@@ -114,10 +114,10 @@ OF_ROLLOUT = ArgumentRules(setting="rollout.engine", decided_by=DECIDED_BY, fixe
 
 
 def sampling_by(arguments: Mapping[str, Any], rollout: RolloutConfig) -> RolloutConfig:
-    """The settings of an engine that samples from the model of an engine that scores.
+    """The rollout settings of an engine that samples from the teacher of an engine that scores.
 
-    The arguments of the latter replace rollout.engine, and each setting that decides one of them.
-    Arguments that are fixed in every engine that samples are left out.
+    The arguments of the scoring engine replace rollout.engine, and the settings that would decide
+    one of them. Arguments that are fixed in every engine that samples are left out.
 
     Args:
         arguments: teachers.NAME.engine.
@@ -134,16 +134,16 @@ def sampling_by(arguments: Mapping[str, Any], rollout: RolloutConfig) -> Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What the installed vLLM says. child process -> check_engine_arguments, as JSON."""
+    """The judgement of the installed vLLM. child process -> check_engine_arguments, as JSON."""
 
     names: list[str]
-    """of all arguments"""
+    """the names of all arguments that vLLM has"""
     refusals: dict[str, str]
-    """by the name of an argument: what is wrong with its value"""
+    """by argument: what is wrong with its value"""
 
 
 def check_installed() -> None:
-    """Refuse to start engines on this machine where vLLM is not installed.
+    """Check that vLLM is installed on this machine.
 
     Raises:
         ConfigError: it is not installed.
@@ -156,10 +156,11 @@ def check_installed() -> None:
 
 
 def check_engine_arguments(arguments: Mapping[str, Any], rules: ArgumentRules = OF_ROLLOUT) -> None:
-    """Refuse an argument that vLLM does not have, or that the run decides.
+    """Check the user's arguments of an engine.
 
     Raises:
-        ConfigError: names the argument; or vLLM cannot be imported here.
+        ConfigError: the run decides an argument, vLLM does not have it, or vLLM refuses its value;
+            the message names it. Or vLLM cannot be imported here.
     """
     for name in arguments:
         if (setting := rules.decided_by.get(name)) is not None:
@@ -189,7 +190,7 @@ def ask_vllm(arguments: Mapping[str, Any], setting: str) -> Answer:
     Raises:
         ConfigError: the child process could not import vLLM.
     """
-    # The answer is the last line, as vLLM logs to the standard output too.
+    # The answer is the last line, since vLLM also logs to the standard output.
     try:
         child = subprocess.run(
             [sys.executable, "-m", "hybridrl.rollout.engine_arguments"],
@@ -214,7 +215,7 @@ def ask_vllm(arguments: Mapping[str, Any], setting: str) -> Answer:
 
 
 def answer(arguments: Mapping[str, Any]) -> Answer:
-    """What the installed vLLM says about the arguments."""
+    """Compare the arguments with those of the installed vLLM."""
     from pydantic import ValidationError
     from vllm import EngineArgs
 
@@ -233,24 +234,24 @@ def answer(arguments: Mapping[str, Any]) -> Answer:
 
 
 def typed(name: str, value: Any) -> Any:
-    """The value as vLLM's type of that argument, e.g. a mapping as one of its config classes.
+    """Convert a value to vLLM's type of that argument, e.g. a mapping to one of its config classes.
 
-    A string is not read as a number or a truth value. A member of an enumeration may be given by
-    its name or its value.
+    A string is not read as a number or a boolean. A member of an enumeration may be given by its
+    name or its value.
 
     Raises:
-        pydantic.ValidationError: the argument has another type.
+        pydantic.ValidationError: the value does not have the argument's type.
     """
     from pydantic import TypeAdapter
     from vllm import EngineArgs
 
     hint = next(field.type for field in fields(EngineArgs) if field.name == name)
-    if isinstance(hint, str):  # a type that is imported for type checkers alone
+    if isinstance(hint, str):  # a type that is only imported for type checkers
         return value
     for part in (hint, *get_args(hint)):
         if isinstance(part, type) and issubclass(part, Enum) and value in part.__members__:
             return part[value]
-    # The form of JSON is that of settings: a list also stands for a set, a mapping for a config.
+    # Settings are like JSON: a list may stand for a set, and a mapping for a config.
     return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
 
 

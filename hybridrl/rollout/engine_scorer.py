@@ -1,4 +1,4 @@
-"""A scorer whose teacher an engine of vLLM holds: over several GPUs, or with quantised weights."""
+"""A scorer that runs its teacher in a vLLM engine: over several GPUs, or with quantised weights."""
 
 import os
 from collections.abc import Sequence
@@ -23,30 +23,30 @@ if TYPE_CHECKING:
     from vllm import EngineArgs
 
 ONE_MORE = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
-"""vLLM counts the token that it generates as one of the sequence, also where that has as many
-tokens as the model has positions. The token is not read, so no position is missing.
+"""Lets vLLM accept a sequence with as many tokens as the model has positions, although vLLM also
+counts the token that it generates. That token is not read, so no position is missing.
 """
 DEFAULTS = {
     # The logits and log-probs of all tokens of a step may be in memory at once, and vLLM reserves
-    # none for them.
+    # no memory for them.
     "max_num_batched_tokens": 2048,
     "gpu_memory_utilization": 0.9,
-    "enforce_eager": True,  # graphs are for decoding
+    "enforce_eager": True,  # CUDA graphs only help decoding
 }
-"""Arguments of the engine, unless teachers.NAME.engine has others."""
+"""Default arguments of the engine, which teachers.NAME.engine replaces."""
 
 
 class EngineScorer(ReportedScorer):
-    """One engine, which scores sequences as prompts.
+    """Scores sequences as prompts of one vLLM engine.
 
-    A sequence is the prompt of a completion of one token, with `prompt_logprobs=K`. vLLM computes
-    them from the logits as they are, at temperature 1.
+    Each sequence is the prompt of a request for one token, with `prompt_logprobs=K`. vLLM computes
+    these log-probs from the unmodified logits, at temperature 1.
 
     Args:
         device: "cpu" or "cuda".
 
     Raises:
-        ServerError: from `score`, if the engine refuses a sequence, or its log-probs are none.
+        ServerError: from `score`, if the engine refuses a sequence or returns invalid log-probs.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class EngineScorer(ReportedScorer):
             partial(scoring_engine_args, settings, teacher, device),
             own_process=settings.teachers[teacher].gpus > 1,
         )
-        # With several GPUs the engine's memory is that of other processes, and is not measured.
+        # With several GPUs the engine runs in other processes, whose memory is not measured.
         if settings.teachers[teacher].gpus == 1:
             self.peaks = PeakMemory.of_device(device)
-        self.requests = 0  # so far, which makes their names unique
+        self.requests = 0  # number of requests so far, which makes their names unique
 
     def configure(self, settings: RunSettings, evidence: Evidence, rule: HeadRule) -> None:
         super().configure(settings, evidence, rule)
@@ -101,7 +101,7 @@ class EngineScorer(ReportedScorer):
             raise ServerError(f"{self.source}: {described(error)}") from error
 
     def _finished(self) -> dict[str, Any]:
-        """The outputs of all requests, by their names."""
+        """Step the engine until all requests are finished; returns their outputs by name."""
         outputs: dict[str, Any] = {}
         while self.engine.has_unfinished_requests():
             outputs |= {output.request_id: output for output in self.engine.step()}
@@ -109,7 +109,7 @@ class EngineScorer(ReportedScorer):
 
 
 def scoring_engine_args(settings: RunSettings, teacher: str, device: str) -> "EngineArgs":
-    """vLLM's arguments for an engine that scores, those of teachers.NAME.engine among them.
+    """vLLM's arguments for an engine that scores, including those of teachers.NAME.engine.
 
     Args:
         device: "cpu" or "cuda".

@@ -1,4 +1,4 @@
-"""The header of a chunk: the part of it that the controller receives."""
+"""The header of a chunk, which the controller receives instead of the batch."""
 
 from collections.abc import Sequence
 from itertools import pairwise

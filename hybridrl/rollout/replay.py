@@ -1,4 +1,6 @@
-"""The data's own responses as rollouts, for SFT, distillation on data and preference pairs."""
+"""The worker that returns the data's own responses as rollouts, for SFT, distillation on data and
+preference pairs.
+"""
 
 from collections.abc import Sequence
 
@@ -27,10 +29,10 @@ class Replay:
     def generate(
         self, order: GenerateOrder, prompts: Sequence[Prompt]
     ) -> tuple[ChunkHeader, RolloutBatch]:
-        """K = order.group_size responses of each prompt, in the data's order.
+        """The K = order.group_size responses of each prompt, in the data's order.
 
         Raises:
-            DataError: a prompt has another number of responses.
+            DataError: a prompt does not have K responses.
         """
         for prompt in prompts:
             if len(prompt.responses) != order.group_size:

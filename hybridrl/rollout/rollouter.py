@@ -19,10 +19,10 @@ from hybridrl.types import FinishReason, Float, Prompt, Trajectory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What the model wrote in one turn: r tokens, the end token included. engine -> rollouter.
+    """The tokens that the model wrote in one turn, including the end token. engine -> rollouter.
 
-    `finish_reason` is `length` where the response has no room for more tokens (r may be 0 then):
-    the rollouter should end the response there. It is never `aborted`.
+    `finish_reason` is `length` if the response has no room for more tokens (r may be 0 then): the
+    rollouter should end the response there. It is never `aborted`.
     """
 
     token_ids: tuple[int, ...]  # [r]
@@ -33,38 +33,38 @@ class Completion:
 
 
 Sample = Callable[[Sequence[int]], Awaitable[Completion]]
-"""Continues a sequence of tokens, which begins with the prompt's own, until the model ends its turn
-or the response reaches `rollout.max_new_tokens`.
+"""A function that continues a sequence of tokens, which begins with those of the prompt, until the
+model ends its turn or the response reaches `rollout.max_new_tokens`.
 
-Raises asyncio.CancelledError when the response is aborted, so a rollouter needs no code for that
+It raises asyncio.CancelledError when the response is aborted, so a rollouter needs no code for that
 (`finally` blocks run): the trajectory then has no response and its group is not trained on.
 """
 
 
 class Rollouter(Protocol):
-    """Makes responses. One object makes all responses of an engine; calls of `run` overlap."""
+    """Makes responses. One object makes all responses of an engine; its calls of `run` overlap."""
 
     async def run(self, prompt: Prompt, sample: Sample) -> Trajectory:
         """Make one response to the prompt.
 
-        Each call of `sample` has a seed of its own, derived from the prompt, the sample's index and
-        the number of the call. `join_turns` makes the trajectory.
+        Each call of `sample` has its own seed, derived from the wave, the prompt, the sample's
+        index and the number of the call. `join_turns` makes the trajectory.
         """
         ...
 
 
 class SingleTurn:
-    """The response is one completion of the prompt."""
+    """The rollouter whose response is one completion of the prompt."""
 
     async def run(self, prompt: Prompt, sample: Sample) -> Trajectory:
         return join_turns(prompt, [await sample(prompt.input_ids)])
 
 
 def join_turns(prompt: Prompt, turns: Sequence[Completion | Sequence[int]]) -> Trajectory:
-    """The trajectory of a prompt and the turns that followed it.
+    """Join a prompt and the turns that followed it into a trajectory.
 
     Args:
-        turns: in their order: Completions, which the model wrote (at least one), and token ids of
+        turns: in order, Completions, which the model wrote (at least one), and token ids of
             observations, which the model read between its turns.
     """
     completions = [turn for turn in turns if isinstance(turn, Completion)]
@@ -90,7 +90,7 @@ def join_turns(prompt: Prompt, turns: Sequence[Completion | Sequence[int]]) -> T
 
 
 def aborted_trajectory(prompt: Prompt, support: int) -> Trajectory:
-    """A trajectory without a response, so without anything to train on.
+    """A trajectory without a response, which is not trained on.
 
     Args:
         support: K, the width of `support_ids`.
@@ -106,10 +106,10 @@ def aborted_trajectory(prompt: Prompt, support: int) -> Trajectory:
 
 
 def cut_response(trajectory: Trajectory, limit: int) -> Trajectory:
-    """The trajectory with at most `limit` response tokens, observations included.
+    """Cut a trajectory to at most `limit` response tokens, including observations.
 
-    Completions never exceed the limit, so only observations are cut off. A
-    response that was cut counts as truncated.
+    Completions never exceed the limit, so only observations are cut off. A response that was cut
+    counts as truncated.
     """
     end = trajectory.prompt_length + limit
     if len(trajectory.input_ids) <= end:

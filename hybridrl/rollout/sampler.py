@@ -1,4 +1,4 @@
-"""From orders to trajectories: runs a rollouter for each response over one vLLM engine."""
+"""Turns orders into trajectories: runs a rollouter for each response on one vLLM engine."""
 
 import asyncio
 import hashlib
@@ -36,7 +36,7 @@ from hybridrl.types import (
 )
 
 PARTS = ("weights", "kv_cache")
-"""What an engine holds on its GPU, by vLLM's names."""
+"""The parts of an engine on its GPU, by vLLM's names."""
 
 if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 FROM_DISK = -1
-"""The version of weights before the first update."""
+"""The version of the weights before the first update."""
 
 
 class Sampler:
@@ -62,9 +62,9 @@ class Sampler:
 
     Args:
         engine: no other object adds requests to it.
-        source: which kind of response the engine samples, for the batches.
-        stop_token_ids: tokens that end a completion besides those of the model's own settings.
-        adapter: of the engine, which every request names; None: the engine's weights are whole.
+        source: who writes the responses, which the batches record.
+        stop_token_ids: tokens that end a completion, in addition to those of the model's settings.
+        adapter: the adapter that every request names; None: the engine has no adapter.
     """
 
     def __init__(
@@ -112,8 +112,8 @@ class Sampler:
         return chunk_header(batch, [end - started for end in ends]), batch
 
     def abort(self, groups: Sequence[str] | None = None) -> int:
-        """Stop responses; the calls of `generate` that wait for them get trajectories without a
-        response, marked aborted.
+        """Stop responses. The calls of `generate` that wait for them get trajectories without a
+        response, marked as aborted.
 
         Args:
             groups: "wave/uid" of each prompt group to stop; None: all.
@@ -137,14 +137,14 @@ class Sampler:
         return sum(self._trajectories.pop(name).cancel() for name in names)
 
     def take_busy(self) -> float:
-        """The seconds in steps of the engine since the last call."""
+        """The seconds that the engine's steps have taken since the last call."""
         taken = self._busy_s
         self._busy_s = 0.0
         return taken
 
     def begin_job(self) -> None:
         """Drop what is left of an earlier job: chunks that wait for others, responses under way,
-        prefixes, and counts.
+        cached prefixes and the count of arrivals.
         """
         self._waves.drop()
         self.abort()
@@ -152,18 +152,19 @@ class Sampler:
         self.resume(FROM_DISK)
 
     def pause(self) -> None:
-        """Stop sampling where it is, and wait until the device has nothing left to do.
+        """Stop sampling, and wait until the device has nothing left to do. Responses under way stay
+        as they are.
 
-        On GPUs vLLM schedules asynchronously: it launches a batch before it collects the one
-        before. What was launched is collected here, because a batch is stamped with the version of
-        the weights when it is collected, and because the weights must not change under it.
+        On GPUs vLLM schedules asynchronously: it launches a batch before it collects the previous
+        one. Launched batches are collected here, because a batch gets the version of the weights
+        when it is collected, and because the weights must not change while it is computed.
         """
         self._updating = True
         self._stop()
 
     def resume(self, version: int) -> None:
-        """Sample on, with weights of this version; prefixes of older weights are dropped. An engine
-        that is asleep goes on when it is awake.
+        """Continue sampling with weights of this version; cached prefixes of older weights are
+        dropped. An engine that is asleep continues once it is awake.
         """
         self.engine.reset_prefix_cache()
         self.engine.set_weight_version(str(version))
@@ -172,7 +173,7 @@ class Sampler:
         self._go_on()
 
     def sleep(self) -> None:
-        """Move the weights to host memory and drop the KV cache, with the prefixes in it.
+        """Move the weights to host memory and drop the KV cache with its cached prefixes.
 
         Raises:
             RuntimeError: a response is under way, whose keys and values would be lost.
@@ -186,11 +187,11 @@ class Sampler:
         self.asleep = set(PARTS)
 
     def wake_up(self, parts: Sequence[str]) -> None:
-        """Bring parts of a sleeping engine back to the GPU. It samples when all are back, and no
-        update of the weights is under way.
+        """Bring parts of a sleeping engine back to the GPU. It samples again once all parts are
+        back and no update of the weights is under way.
 
         Args:
-            parts: of PARTS; those that are awake stay as they are.
+            parts: some of PARTS; those that are awake stay as they are.
         """
         waking = [part for part in parts if part in self.asleep]
         if waking:
@@ -219,12 +220,12 @@ class Sampler:
         return [self._start(order, p, k) for p in prompts for k in range(order.group_size)]
 
     def _start(self, order: GenerateOrder, prompt: Prompt, index: int) -> asyncio.Task[Trajectory]:
-        """The task that makes one response. Tasks begin in the order in which they were created,
-        and each adds its first request before it waits.
+        """Create the task that makes one response. Tasks begin in the order in which they were
+        created, and each adds its first request before it waits.
         """
         name = f"{order.wave}/{prompt.uid}/{index}"
         turns = count()
-        prompt_length: int | None = None  # of the prompt as the model reads it
+        prompt_length: int | None = None  # in tokens that the model reads
 
         async def sample(token_ids: Sequence[int]) -> Completion:
             nonlocal prompt_length
@@ -255,10 +256,13 @@ class Sampler:
         token_ids: Sequence[int],
         room: int,
     ) -> Completion:
-        """The completion of one request; its seed depends on neither engine nor batch.
+        """Sample one completion. Its seed depends on neither engine nor batch.
 
         Args:
-            room: the number of tokens that the response may still have.
+            room: the number of tokens that may be added to the response.
+
+        Raises:
+            DataError: the engine refused the request.
         """
         if room < 1:
             return no_room(order.support)
@@ -272,7 +276,7 @@ class Sampler:
         try:
             return read_completion(await output, order.support)
         finally:
-            # A later request may have the name of one whose caller has gone.
+            # A later request may have the name of one that was aborted.
             if self._requests.get(request) is output:
                 del self._requests[request]
 
@@ -288,18 +292,18 @@ class Sampler:
         """Add a request to the engine; the result of the future is its output.
 
         Raises:
-            ValueError: the engine refuses it.
+            Exception: one of vllm_internals.refusals(): the engine refuses the request.
         """
         from vllm import TokensPrompt
 
-        # The salt prevents the reuse of prefixes that older weights or another wave have computed:
-        # a resumed run would not have these prefixes, and its numbers could differ.
+        # The salt prevents the reuse of prefixes that were computed by older weights or for another
+        # wave: a resumed run would not have these prefixes, and its numbers could differ.
         tokens = TokensPrompt(
             prompt_token_ids=[int(token) for token in token_ids],
             cache_salt=f"v{self.version}/{order.wave}",
         )
-        # Among requests of equal priority the earliest is first. Arrival is a count and not a time,
-        # since a clock may be set back.
+        # Among requests of equal priority the earliest is first. The arrival is a count and not a
+        # time, since a clock may be set back.
         self.engine.add_request(
             request,
             tokens,
@@ -324,7 +328,7 @@ class Sampler:
             await self._resumed.wait()
 
     def _step(self) -> None:
-        """One step of the engine; the requests that finish in it have their result."""
+        """Take one step of the engine, and set the results of the requests that finish in it."""
         started = time.perf_counter()
         try:
             for finished in self.engine.step():
@@ -341,8 +345,10 @@ class Sampler:
 
 
 async def end_of(task: asyncio.Task[Trajectory]) -> float:
-    """Wait for a trajectory. Returns time.monotonic() at its end, also when it was aborted; raises
-    what the task raised.
+    """Wait until a trajectory is finished or aborted, and return time.monotonic() at that moment.
+
+    Raises:
+        Exception: any that the task raised.
     """
     await asyncio.wait([task])
     if not task.cancelled():
@@ -356,7 +362,7 @@ def sampling_params(
     """vLLM's parameters of one request; greedy decoding has no seed.
 
     Args:
-        stop_token_ids: tokens that end it, to which vLLM adds those of the model's own settings.
+        stop_token_ids: tokens that end the completion; vLLM adds those of the model's own settings.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -374,8 +380,12 @@ def sampling_params(
 
 
 def sample_seed(seed: int, uid: str, index: int, turn: int = 0) -> int:
-    """63 bits from (seed of run and wave, prompt, sample's index, turn): the same on any engine and
-    in any batch.
+    """The 63-bit seed of a completion, which is the same on any engine and in any batch.
+
+    Args:
+        seed: seed of the run and wave.
+        uid: uid of the prompt.
+        index: index of the sample.
     """
     key = f"{seed}/{uid}/{index}" if turn == 0 else f"{seed}/{uid}/{index}:{turn}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1

@@ -1,4 +1,4 @@
-"""How a teacher makes a response."""
+"""The rollouter of an engine that samples a teacher's responses."""
 
 from dataclasses import replace
 
@@ -10,8 +10,8 @@ from hybridrl.types import Prompt, Trajectory
 
 
 class TeacherTurn:
-    """The response is one completion of the prompt that the teacher reads, after the student's
-    prompt and in the student's tokens.
+    """Samples one completion of the prompt that the teacher reads. The trajectory has it in the
+    student's tokens, after the student's prompt.
     """
 
     def __init__(self, context: Context) -> None:

@@ -1,31 +1,31 @@
-"""What the engine takes from vLLM beyond its documented interface.
+"""The details of vLLM that the engine uses beyond its documented interface.
 
 This file was written for the version below. tests/rollout/test_vllm_internals.py fails when another
 version is installed, or when one of these details differs from its description here.
 
 - `LLMEngine.engine_core.resources.engine_dead`: set when the process of the engine core has ended.
-- Flat log-probs (`SamplingParams.flat_logprobs`): 1 + K entries a token, the drawn token first. Of
+- Flat log-probs (`SamplingParams.flat_logprobs`): 1 + K entries a token, the drawn token first. For
   a prompt they begin with its second token.
-- Log-probs of a prompt are those of the logits as they are, whatever the parameters of sampling.
+- Log-probs of a prompt are computed from the unmodified logits, whatever the sampling parameters.
 - The priority queue of the scheduler orders by (priority, arrival_time), and arrival_time may be
   any number.
 - The environment variables below are read while the engine starts.
-- `EngineCore.pause_scheduler("keep", False)`: no request is scheduled any more, and each stays
-  where it is. A core in a process of its own (whose client has `call_utility`) answers when it has
+- `EngineCore.pause_scheduler("keep", False)`: no request is scheduled any more, and all keep their
+  state. A core in a process of its own (whose client has `call_utility`) answers when it has
   collected every batch that it launched. A core in this process does not collect them: with
   asynchronous scheduling its `batch_queue` has those that `LLMEngine.step` must still collect.
-- `LLMEngine.sleep(1, "keep")` pauses the scheduler and has each worker move its weights to host
+- `LLMEngine.sleep(1, "keep")` pauses the scheduler and makes each worker move its weights to host
   memory and drop the KV cache; on CPUs a worker does nothing and logs that. `wake_up(tags)` brings
-  back the tags that are asleep, does nothing where one of them is awake, and resumes the scheduler
+  back the tags that are asleep, does nothing if one of them is awake, and resumes the scheduler
   once all are back.
-- `LLMEngine.logger_manager` exists where statistics are on. After each step that has any, its
-  `record(scheduler_stats=..., iteration_stats=..., mm_cache_stats=...)` gets a `SchedulerStats` (of
-  after the step, with the prefix cache's counts since the last one) and an `IterationStats`, which
-  is None after a step without output. `log` is called from time to time, and `record_sleep_state`
-  when the engine sleeps or wakes up.
+- `LLMEngine.logger_manager` exists if statistics are on. After each step that has any, its
+  `record(scheduler_stats=..., iteration_stats=..., mm_cache_stats=...)` gets a `SchedulerStats`
+  (the state after the step, and the prefix cache's counts since the previous one) and an
+  `IterationStats`, which is None after a step without output. `log` is called from time to time,
+  and `record_sleep_state` when the engine goes to sleep or wakes up.
 - A core attaches the weight version to the tokens of a batch when it collects the batch.
-- A request names an adapter by `lora_int_id`. A worker reads the folder `lora_path` only where it
-  holds no adapter of that number, and with `load_inplace` in every step.
+- A request names an adapter by `lora_int_id`. A worker reads the folder `lora_path` only if it has
+  no adapter of that number; with `load_inplace` it reads the folder in every step.
 - Workers have the methods that `collective_rpc` calls by name: `start_weight_update`,
   `update_weights`, `finish_weight_update`, `init_weight_transfer_engine` and `synchronize_device`.
 """
@@ -66,9 +66,9 @@ def environment(*, own_process: bool) -> dict[str, str]:
 
 
 class EngineMeter:
-    """Joins what an engine reports after each of its steps.
+    """Accumulates the statistics that an engine reports after each of its steps.
 
-    It stands in the place of vLLM's own loggers: Prometheus' would cost 2 % of the time of a small
+    It replaces vLLM's own loggers: the one for Prometheus would cost 2 % of the time of a small
     model's steps, and no process reads its registry.
     """
 
@@ -77,14 +77,14 @@ class EngineMeter:
 
     @classmethod
     def of(cls, engine: "LLMEngine") -> "EngineMeter":
-        """The meter of an engine whose statistics are on, from now on."""
+        """Install a meter in an engine whose statistics are on."""
         assert engine.logger_manager is not None, "the arguments of an engine turn them on"
         meter = cls()
         engine.logger_manager = meter
         return meter
 
     def take(self) -> EngineStats:
-        """What the engine did since the last call."""
+        """The engine's statistics since the last call."""
         taken = self._stats
         self._stats = EngineStats()
         return taken
@@ -116,38 +116,40 @@ class EngineMeter:
         )
 
     def log(self) -> None:
-        """Called by the engine from time to time; nothing is done."""
+        """Does nothing; the engine calls it from time to time."""
 
     def record_sleep_state(self, sleep: int = 0, level: int = 0) -> None:
-        """Called by the engine when it sleeps or wakes up; nothing is done."""
+        """Does nothing; the engine calls it when it goes to sleep or wakes up."""
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """The errors by which an engine refuses a request; those of vLLM's own are no ValueError."""
+    """The types of errors by which an engine refuses a request. vLLM's own type is not a
+    ValueError.
+    """
     from vllm.exceptions import VLLMClientError
 
     return ValueError, VLLMClientError
 
 
 def adapter_request() -> "LoRARequest":
-    """How a request names the adapter that the learner sent last."""
+    """The object by which a request names the adapter that the learner sent last."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest("student", ADAPTER_ID, "/in-no-folder")
 
 
 def core_has_ended(engine: "LLMEngine") -> bool:
-    """Whether the process of the engine core has ended; only for a core in a process of its own."""
+    """Whether the process of the engine core has ended. The core must run in its own process."""
     return engine.engine_core.resources.engine_dead
 
 
 def pause_scheduling(engine: "LLMEngine") -> None:
-    """Schedule no request until resume_scheduling; new ones wait too."""
+    """Schedule no requests, old or new, until resume_scheduling is called."""
     call_core(engine, "pause_scheduler", "keep", False)
 
 
 def resume_scheduling(engine: "LLMEngine") -> None:
-    """The other end of pause_scheduling."""
+    """Undo pause_scheduling."""
     call_core(engine, "resume_scheduler")
 
 
@@ -160,7 +162,7 @@ def call_core(engine: "LLMEngine", method: str, *args: Any) -> Any:
 
 
 def has_launched(engine: "LLMEngine") -> bool:
-    """Whether a paused engine has a batch whose tokens were not collected."""
+    """Whether a paused engine has launched a batch whose tokens are not collected yet."""
     client = engine.engine_core
     return not hasattr(client, "call_utility") and bool(client.engine_core.batch_queue)
 
@@ -173,7 +175,8 @@ def read_completion(output: "CompletionOutput", support: int) -> Completion:
     depends on the prefix alone.
 
     Raises:
-        asyncio.CancelledError: the response ended neither by itself nor at its limit.
+        asyncio.CancelledError: the response ended for another reason than an end token or its
+            limit.
     """
     if output.finish_reason not in FINISH_REASONS:
         raise asyncio.CancelledError(f"vLLM ended the request: {output.finish_reason}")
@@ -194,13 +197,15 @@ def read_completion(output: "CompletionOutput", support: int) -> Completion:
 
 
 def read_prompt(output: "RequestOutput", top: int) -> ReportedScores:
-    """The log-probs of a request's prompt of T tokens, and of the K most likely ones in each place.
+    """The log-probs [T] of a request's prompt, and those of the K most likely tokens at each
+    position.
 
     Args:
         top: K.
 
     Raises:
-        ValueError: vLLM reports another number of them, or one that is not finite or above 0.
+        ValueError: vLLM reports the wrong number of log-probs, or one that is not finite or is
+            above 0.
     """
     length = len(output.prompt_token_ids or [])
     flat = output.prompt_logprobs

@@ -10,9 +10,9 @@ Started = TypeVar("Started")
 
 
 class Waves(Generic[Started]):
-    """Holds the chunks of a wave until all have arrived. The arrival of the last submits all of
-    them, in chunk order and without yielding, so that the order of the engine's requests does not
-    depend on arrival times.
+    """Holds the chunks of a wave until all have arrived. When the last one arrives, all are
+    submitted in chunk order and without yielding to the event loop, so that the order of the
+    engine's requests does not depend on arrival times.
 
     Args:
         submit: starts the sampling of a chunk; `arrive` returns its result to the chunk's caller.
@@ -26,7 +26,7 @@ class Waves(Generic[Started]):
         ] = {}
 
     def drop(self) -> None:
-        """Forget the waves whose chunks have not all arrived; the calls that wait are cancelled."""
+        """Forget the waves whose chunks have not all arrived, and cancel the calls that wait."""
         for arrived in self._waiting.values():
             for _, _, started in arrived.values():
                 started.cancel()
