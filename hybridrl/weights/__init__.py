@@ -1,1 +1,1 @@
-"""Everything that depends on parameters' names: publishing, saving, loading and exporting them."""
+"""Publishing, saving, loading and exporting the student's weights by their names."""

@@ -1,4 +1,4 @@
-"""Trained adapters by themselves, as a folder that peft and vLLM load beside the model."""
+"""Export of trained adapters without the model, as a folder that peft and vLLM can load."""
 
 from pathlib import Path
 
@@ -17,26 +17,26 @@ from hybridrl.weights.parameters import LowRankAdapters
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""What peft puts before the names of a model's parameters."""
+"""peft puts this before the names of a model's parameters."""
 
 
 def export_adapters(
     state: Path, settings: RunSettings, dtype: str, folder: Path, template: Path | None = None
 ) -> None:
     """Write the adapters of a checkpoint in peft's format, and the tokenizer with the run's chat
-    template and end token; neither the model's weights nor a value head are read.
+    template and end token. Neither the model's weights nor a value head are read.
 
     The folder appears complete or not at all (core.folders.new_folder).
 
     Args:
-        state: the folder of the checkpoint, of which fp32 master weights are read.
-        dtype: of the written weights.
-        folder: replaced if it exists.
+        state: the folder of the checkpoint, whose fp32 master weights are read.
+        dtype: name of the dtype of the written weights.
+        folder: the folder to write; replaced if it exists.
         template: the chat template that the run trained with; None, or no such file: the model's.
 
     Raises:
         ConfigError: the run trained all weights.
-        CheckpointError: the checkpoint lacks an adapter, or holds one in another shape.
+        CheckpointError: the checkpoint lacks an adapter, or has one of another shape.
     """
     check_adapter_run(settings)
     lora = settings.lora
@@ -61,7 +61,7 @@ def export_adapters(
         (unfinished / "config.json").unlink()
         config.save_pretrained(str(unfinished))
         save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
-        (unfinished / WEIGHTS).chmod(0o644)  # safetensors makes files for their owner alone
+        (unfinished / WEIGHTS).chmod(0o644)  # files of safetensors are readable by their owner only
 
 
 def check_adapter_run(settings: RunSettings) -> None:
@@ -83,7 +83,7 @@ def outline(settings: RunSettings) -> PreTrainedModel:
 
 
 def base_model(settings: RunSettings) -> str:
-    """Where a program finds the model beside which the adapters were trained."""
+    """The hub name, or the absolute path, of the model for which the adapters were trained."""
     path = settings.model.path
     if is_on_hub(path):
         return path

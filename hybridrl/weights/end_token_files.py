@@ -1,4 +1,4 @@
-"""The end token of model.eos in the files of an exported model."""
+"""Writing the end token of model.eos into the files of an exported model."""
 
 import json
 from pathlib import Path
@@ -13,22 +13,22 @@ TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 def write_end_token(folder: Path, eos: str) -> None:
     """Make a token the end token of a model folder, as it was in training.
 
-    Generation stops at it and, as in training, at the tokens at which the model stopped before. The
-    tokenizer names it as its end token, which templates may write as `eos_token`.
+    Generation stops at it and, as in training, at the tokens at which the model stopped before. It
+    becomes the tokenizer's end token, to which templates may refer as `eos_token`.
 
     Args:
-        folder: with the files of the model that training started from, which are changed.
+        folder: a folder with the files of the model that training started from; they are changed.
         eos: model.eos.
 
     Raises:
-        ConfigError: it is none of the tokenizer's special tokens.
+        ConfigError: `eos` is not one of the tokenizer's special tokens.
     """
     before = stop_token_ids(str(folder), load_tokenizer(str(folder)))
     tokenizer = load_tokenizer(str(folder), eos=eos)
     generation = read(folder / GENERATION)
     others = sorted(before - {tokenizer.eos_token_id})
     generation["eos_token_id"] = [tokenizer.eos_token_id, *others]
-    # It marks settings that transformers may derive from config.json anew, with its end token.
+    # This key allows transformers to derive the settings from config.json and its end token again.
     generation.pop("_from_model_config", None)
     write(folder / GENERATION, generation)
     for name in TOKENIZER_FILES:
@@ -38,7 +38,7 @@ def write_end_token(folder: Path, eos: str) -> None:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; without the file an empty one."""
+    """The object in a JSON file; empty if there is no such file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 

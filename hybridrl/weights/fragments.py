@@ -1,4 +1,4 @@
-"""The learner's state on disk: of every parameter, the pieces that each rank holds.
+"""The learner's state on disk: the pieces of every parameter that each rank holds.
 
 Each rank writes one file, e.g. learner-rank00000-of-00002.safetensors. Its tensors are flat float32
 pieces PART/NAME; its header gives the place of each piece in the flattened parameter NAME. A rank
@@ -25,14 +25,14 @@ from hybridrl.core.errors import CheckpointError
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PARTS = (MASTER, *MOMENTS)
-"""fp32 weights, and AdamW's two moments."""
+"""The parts of a fragment: fp32 master weights, and AdamW's two moments."""
 INDEX = "fragments"
 FILE = re.compile(r"learner-rank(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fragment:
-    """Elements offset ... offset+length-1 of the flattened parameter, all parts of them."""
+    """All parts of the elements offset ... offset+length-1 of a flattened parameter."""
 
     name: str
     shape: tuple[int, ...]  # of the whole parameter
@@ -47,7 +47,7 @@ def write_fragments(folder: Path, rank: int, world: int, fragments: Iterable[Fra
         world: number of ranks.
 
     Raises:
-        CheckpointError: the file cannot be written; names it and its size.
+        CheckpointError: the file cannot be written; the message names it and its size.
     """
     path = folder / f"learner-rank{rank:05d}-of-{world:05d}.safetensors"
     tensors: dict[str, Tensor] = {}
@@ -83,10 +83,11 @@ class _Piece:
 
 
 class FragmentReader:
-    """The files of all ranks as one state. Opening reads only headers, `read` only its slice.
+    """Reads the files of all ranks as one state. Opening reads only the headers, and `read` only
+    the requested slice.
 
-    Example: of "w" with 6 elements, two ranks saved [0, 4) and [4, 6); read("master", "w", 3, 2)
-    takes one element from each file.
+    Example: two ranks saved the elements [0, 4) and [4, 6) of "w"; read("master", "w", 3, 2) takes
+    one element from each file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -106,14 +107,15 @@ class FragmentReader:
             self._check_tiling(name, prod(shape))
 
     def read(self, part: str, name: str, offset: int, length: int) -> Tensor:
-        """[length] float32 on the CPU, the elements from `offset` on of the flattened parameter.
+        """Read elements offset ... offset+length-1 of the flattened parameter; returns [length]
+        float32 on the CPU.
 
         Args:
             part: one of PARTS.
-            name: of the parameter, one of `shapes`.
+            name: name of the parameter, one of `shapes`.
 
         Raises:
-            CheckpointError: the files hold no such part, or in another dtype.
+            CheckpointError: the files do not hold this part, or hold it in another dtype.
         """
         stop = offset + length
         parts = [

@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face folder that transformers, vLLM and `vllm serve` load."""
+"""Export of a trained model as a Hugging Face folder for transformers, vLLM and `vllm serve`."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ from hybridrl.weights.parameters import (
 
 Shapes = Mapping[str, tuple[int, ...]]
 TEMPLATE = "chat_template.jinja"
-"""A folder's file with its chat template, which precedes one in tokenizer_config.json."""
+"""The file with a folder's chat template. It takes precedence over one in tokenizer_config.json."""
 
 
 def export(
@@ -51,18 +51,18 @@ def export(
     The folder appears complete or not at all (core.folders.new_folder).
 
     Args:
-        state: every tensor of StudentWeights.exported() by its name, on CPU; dtypes are kept. Tied
-            names may be repeated. A value head is written to a file of its own, which only
-            loading.load_value_head reads.
+        state: every tensor of StudentWeights.exported() by its name, on CPU; dtypes are kept. It
+            may contain both names of tied weights. A value head is written to a separate file,
+            which only loading.load_value_head reads.
         source: the folder that training started from (loading.resolve).
-        folder: replaced if it exists.
-        template: the chat template that the run trained with; None, or no such file: the source's
-            own.
+        folder: the folder to write; replaced if it exists.
+        template: the chat template that the run trained with; None, or no such file: that of
+            `source`.
         kind: the class of student weights that was trained.
-        eos: model.eos, which becomes the model's end token; None: it keeps its own.
+        eos: model.eos, which becomes the model's end token; None: the model keeps its own.
 
     Raises:
-        CheckpointError: a name is missing or unknown, or a shape is not the model's.
+        CheckpointError: a name is missing or unknown, or a shape is not that of the model.
     """
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     tensors = {name: torch.as_tensor(value).detach().contiguous() for name, value in state.items()}
@@ -82,8 +82,8 @@ def write_text_files(source: Path, folder: Path, template: Path | None, eos: str
     """Write configuration, tokenizer and chat template of a trained model.
 
     Args:
-        source, template, eos: as of export.
-        folder: a new one.
+        source, template, eos: as in export.
+        folder: a new folder.
     """
     _copy_text_files(source, folder)
     if template is not None and template.is_file():
@@ -105,11 +105,11 @@ def _copy_text_files(source: Path, folder: Path) -> None:
 
 
 def _tie(tensors: dict[str, torch.Tensor], config: PreTrainedConfig) -> bool:
-    """Whether input and output embedding are one parameter; if so, the output embedding is removed
-    from `tensors`.
+    """Whether input and output embedding are tied. If so, the output embedding is removed from
+    `tensors`.
 
-    If `tensors` has both and they differ, the config is corrected: whatever it says, transformers
-    loads two that differ as two parameters, and training changed them as two.
+    If the config ties them but `tensors` has two that differ, the config is corrected: transformers
+    loads embeddings that differ as two parameters, and training changed both.
     """
     text = config.get_text_config()
     if not text.tie_word_embeddings:
@@ -126,19 +126,19 @@ def _tie(tensors: dict[str, torch.Tensor], config: PreTrainedConfig) -> bool:
 
 
 def _outline(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model with all its names and shapes and no numbers; tied parameters appear once."""
+    """The model on torch's meta device, with names and shapes only; tied parameters appear once."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def _value_head_outline(config: PreTrainedConfig) -> torch.nn.Parameter:
-    """[1, H] without numbers."""
+    """A value head [1, H] on torch's meta device."""
     return torch.nn.Parameter(torch.empty(1, config.get_text_config().hidden_size, device="meta"))
 
 
 def _saved_outline(config: PreTrainedConfig, saved: Shapes) -> PreTrainedModel:
-    """The model of a checkpoint, without numbers: its two embeddings are tied unless the checkpoint
-    holds an output embedding.
+    """The model of a checkpoint on torch's meta device. If the config ties the two embeddings, they
+    are tied unless the checkpoint holds an output embedding.
     """
     model = _outline(config)
     text = config.get_text_config()
@@ -161,8 +161,8 @@ def _saves_all(weights: StudentWeights) -> bool:
 def _write_config(file: Path, config: PreTrainedConfig, dtype: torch.dtype, tied: bool) -> None:
     """Change the entries of the copied config.json that depend on the weights.
 
-    Values whose key newer versions of transformers have renamed are written under both keys. A
-    program that reads only the older key would otherwise use its default, such as a rotary base of
+    Values whose key was renamed in newer versions of transformers are written under both keys.
+    Otherwise a program that reads only the older key would use its default, e.g. a rotary base of
     10000.
     """
     written = json.loads(file.read_text())
@@ -183,20 +183,22 @@ def _write_config(file: Path, config: PreTrainedConfig, dtype: torch.dtype, tied
 def checkpoint_tensors(
     folder: Path, model: ModelConfig, dtype: str, *, kind: WeightsKind = FullFineTuning
 ) -> dict[str, torch.Tensor]:
-    """The tensors that the learner itself would have exported when it saved the checkpoint, by
-    name, on CPU.
+    """The tensors that the learner would have exported when it saved the checkpoint, by name, on
+    CPU.
 
-    Saved parameters are rounded from fp32 to `dtype`, as the learner rounds its own. The model that
-    training started from is loaded only if the class of student weights does not save all of it.
+    Saved parameters are rounded from fp32 to `dtype`, as in the learner. The model that training
+    started from is loaded only if the class of student weights does not save all parameters that
+    the export needs.
 
     Args:
-        folder: of the checkpoint; Adam's moments in it are not read.
-        model: the one that training started from.
+        folder: the folder of the checkpoint; Adam's moments in it are not read.
+        model: the model that training started from.
+        dtype: name of the dtype of the tensors.
         kind: the class of student weights that was trained.
 
     Raises:
-        CheckpointError: the folder does not hold a whole learner state, or one of another model.
-        ConfigError: the model that training started from is gone.
+        CheckpointError: the folder does not hold a complete learner state of this model.
+        ConfigError: the model that training started from no longer exists.
     """
     reader = FragmentReader(folder)
     source = resolve(model.path, model.revision, files=TEXT_FILES)
@@ -222,7 +224,7 @@ def checkpoint_tensors(
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
+    path.chmod(0o644)  # files of safetensors are readable by their owner only
 
 
 def _check_export(
@@ -231,7 +233,7 @@ def _check_export(
     kind: WeightsKind,
     config: PreTrainedConfig,
 ) -> None:
-    """Compare the tensors with those that an export of the model holds.
+    """Compare the tensors with those that an export of the model must hold.
 
     Raises:
         CheckpointError: a name is missing or unknown, or a shape differs.
@@ -244,7 +246,11 @@ def _check_export(
 
 
 def _check(shapes: Shapes, expected: Shapes, config: PreTrainedConfig) -> None:
-    """Raise CheckpointError with the first differences between two sets of shapes by name."""
+    """Compare two sets of shapes by name.
+
+    Raises:
+        CheckpointError: they differ; the message has the first differences.
+    """
     problems = [f"{name} is missing" for name in expected.keys() - shapes.keys()]
     problems += [f"{name} is unknown" for name in shapes.keys() - expected.keys()]
     problems += [

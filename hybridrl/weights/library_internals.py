@@ -1,8 +1,8 @@
-"""What hybridrl reads of DeepSpeed, torch and vLLM beyond their documented interfaces.
+"""The details of DeepSpeed, torch and vLLM that hybridrl uses beyond their documented interfaces.
 
 Every such access of the learner and of the weights is a function of this file, so that after an
 upgrade of a library only this file must be compared with it.
-tests/weights/test_library_internals.py runs each of them against the real library, and fails when
+tests/weights/test_library_internals.py runs each function with the real library, and fails when
 the installed version is not the one in SEEN.
 """
 
@@ -21,19 +21,19 @@ SEEN = {"deepspeed": "0.19.8", "torch": "2.13.0", "vllm": "0.32.0"}
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 has divided the parameter among the ranks; its `shape` is then not its own."""
+    """Whether ZeRO-3 has divided the parameter among the ranks; its `shape` is then only local."""
     return hasattr(parameter, "ds_id")
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of the whole parameter, also where ZeRO-3 holds it in pieces."""
+    """The shape of the whole parameter, even if ZeRO-3 has divided it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-# ZeRO-1 and ZeRO-2 join all parameters to one vector and give each rank one interval of it. The
-# part of a parameter that a rank holds is in its attribute `_hp_mapping`: a tensor_fragment of
-# deepspeed/utils/tensor_fragment.py, or None where the rank holds nothing of it. A parameter
-# without the attribute is an error here, since otherwise checkpoints would lack it without notice.
+# ZeRO-1 and ZeRO-2 concatenate all parameters to one vector and give each rank one interval of it.
+# The attribute `_hp_mapping` of a parameter is the part of it that the rank holds: a
+# tensor_fragment of deepspeed/utils/tensor_fragment.py, or None if the rank holds nothing of it. A
+# parameter without the attribute is an error here, since checkpoints would silently lack it.
 
 
 def fragment_span(parameter: nn.Parameter) -> tuple[int, int]:
@@ -46,10 +46,11 @@ def fragment_span(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def fragment_values(parameter: nn.Parameter, moment: str | None) -> Tensor:
-    """[length] float32, a view of the optimizer's memory, under ZeRO-1 or 2.
+    """This rank's values of a parameter under ZeRO-1 or 2: [length] float32, a view of the
+    optimizer's memory.
 
     Args:
-        moment: of Adam, "exp_avg" or "exp_avg_sq"; None: the master weights.
+        moment: a moment of Adam, "exp_avg" or "exp_avg_sq"; None: the master weights.
     """
     return vars(parameter)["_hp_mapping"].get_hp_fragment(moment)
 
@@ -58,7 +59,7 @@ class ZeroOptimizer(Protocol):
     """DeepSpeed's optimizer of any ZeRO stage, which wraps an optimizer of torch."""
 
     optimizer: torch.optim.Optimizer
-    overflow: bool  # of the last step
+    overflow: bool  # whether the last step's gradient was not finite
     clip_grad: float  # largest norm of the gradient; 0: it is not clipped
 
 
@@ -69,13 +70,13 @@ def set_adam_steps(zero: ZeroOptimizer, steps: int) -> None:
 
 
 def update_memory(zero: ZeroOptimizer) -> tuple[list[Tensor], list[Tensor]]:
-    """What only an update needs of what DeepSpeed holds between two of them.
+    """The memory that DeepSpeed holds between two updates and that only updates need.
 
     Returns:
-        Its state: the master weights, and Adam's moments once there are some. And buffers of ZeRO-3
-        whose numbers are not read again: of summed gradients, since the first micro-batch of an
-        update overwrites them (all but padding, which is 0), and of those that are about to be
-        summed. ZeRO-1 and ZeRO-2 make theirs anew in each update.
+        (state, buffers). The state is the master weights, and Adam's moments once they exist. The
+        buffers are those of ZeRO-3 whose values are not read again: that of summed gradients, which
+        the first micro-batch of an update overwrites (except padding, which is 0), and those of
+        gradients to be summed. ZeRO-1 and ZeRO-2 allocate theirs in each update.
     """
     parts = vars(zero)
     sharded = "fp32_partitioned_groups_flat" in parts
@@ -97,7 +98,7 @@ def update_memory(zero: ZeroOptimizer) -> tuple[list[Tensor], list[Tensor]]:
 def set_adam(
     zero: ZeroOptimizer, *, betas: tuple[float, float], weight_decay: float, clip: float
 ) -> None:
-    """Give AdamW other settings from its next step on.
+    """Change AdamW's settings from its next step on.
 
     Args:
         clip: largest norm of the gradient; 0: it is not clipped.
@@ -114,8 +115,8 @@ def left_out(zero: ZeroOptimizer) -> bool:
 
 
 def has_transfer_backend(factory: type, name: str) -> bool:
-    """Whether vLLM's WeightTransferEngineFactory has a backend of that name; to register it twice
-    is an error.
+    """Whether a backend of that name is registered in vLLM's WeightTransferEngineFactory, where
+    registering it twice is an error.
     """
     return name in vars(factory)["_registry"]
 
@@ -124,27 +125,27 @@ def transfer_engine(worker: Any) -> "WeightTransferEngine | None":
     """The worker's side of weight transfer, in a process of vLLM; None: it has none.
 
     Args:
-        worker: of vLLM; the first argument of what collective_rpc calls.
+        worker: vLLM's worker, the first argument of a function that collective_rpc calls.
     """
     return worker.weight_transfer_engine
 
 
 def begin_reload(model: nn.Module) -> None:
-    """Have vLLM's model take its weights anew, layer by layer, through model.load_weights."""
+    """Prepare vLLM's model for loading its weights again, layer by layer, by model.load_weights."""
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
     initialize_layerwise_reload(model)
 
 
 def end_reload(model: nn.Module, config: "ModelConfig") -> None:
-    """The other end of begin_reload: process the layers that wait for it, such as attention."""
+    """Finish what begin_reload began: process the layers that wait for the end, e.g. attention."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
     finalize_layerwise_reload(model, config)
 
 
 ADAPTER_ID = 1
-"""vLLM's number of the only adapter of an engine."""
+"""The number by which vLLM knows the only adapter of an engine."""
 
 
 def set_empty_adapter(model: nn.Module) -> None:
@@ -157,15 +158,15 @@ def set_empty_adapter(model: nn.Module) -> None:
 
 
 def set_adapter(model: nn.Module, rank: int, tensors: Mapping[str, Tensor]) -> set[str]:
-    """Put an adapter into the only slot of vLLM's model, in the place of the one before.
+    """Put an adapter into the only slot of vLLM's model, replacing the previous one.
 
-    Requests under way continue with it, since they name it by ADAPTER_ID. A weight update of vLLM's
-    own cannot carry it: Worker.finish_weight_update removes all adapters, as those of other base
-    weights.
+    Requests under way continue with it, since they name it by ADAPTER_ID. vLLM's own weight update
+    cannot be used for it: Worker.finish_weight_update removes all adapters, since they belong to
+    other base weights.
 
     Args:
-        model: of an engine with enable_lora, which has its adapters in its `lora_manager`.
-        rank: of the adapter.
+        model: the model of an engine with enable_lora, which has its adapters in `lora_manager`.
+        rank: rank of the adapter.
         tensors: A [rank, in] and B [out, rank] by peft's names, with the factor s in B. vLLM keeps
             these tensors.
 
@@ -187,6 +188,6 @@ def set_adapter(model: nn.Module, rank: int, tensors: Mapping[str, Tensor]) -> s
         weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
     )
     manager.remove_adapter(ADAPTER_ID)
-    manager.add_adapter(adapter)  # joins those of layers that vLLM has joined
+    manager.add_adapter(adapter)  # also fuses the adapters of layers that vLLM has fused
     manager.activate_adapter(ADAPTER_ID)
     return adapter.loras.keys() - manager.modules.keys()

@@ -1,4 +1,5 @@
-"""The student's weights by name: what trains, what engines receive, what is saved and exported.
+"""Which of the student's weights are trained, sent to engines, saved and exported, and by which
+names.
 
 A class with the four methods of StudentWeights decides this for the optimizer, the weight stream,
 the fragments of a checkpoint and the export. No other file decides by the name of a parameter.
@@ -25,7 +26,7 @@ from hybridrl.settings.run import RunSettings
 from hybridrl.weights.library_internals import whole_shape
 
 LM_HEAD = "lm_head.weight"
-"""The name under which vLLM loads an output embedding."""
+"""The name by which vLLM loads an output embedding."""
 
 
 def _unchanged(parameter: Tensor) -> Tensor:
@@ -52,11 +53,11 @@ class NamedTensor:
     dtype: torch.dtype
     sources: Mapping[str, nn.Parameter]  # by the names that StudentWeights.saved() uses
     combine: Callable[..., Tensor] = _unchanged  # (whole source, ...) -> a tensor of `shape`
-    repeats: str | None = None  # the name of an earlier tensor with the same bytes; None: its own
+    repeats: str | None = None  # name of an earlier tensor with the same bytes; None: no repetition
 
 
 def same_tensor(name: str, parameter: nn.Parameter) -> NamedTensor:
-    """A parameter that leaves the learner as it is, under its own name."""
+    """The NamedTensor of a parameter that leaves the learner unchanged, under this name."""
     return NamedTensor(
         name=name,
         shape=whole_shape(parameter),
@@ -66,49 +67,49 @@ def same_tensor(name: str, parameter: nn.Parameter) -> NamedTensor:
 
 
 class StudentWeights(Protocol):
-    """One way of training a model. Names and shapes do not change during a run."""
+    """A way of training a model. Names and shapes do not change during a run."""
 
     def trained(self) -> Mapping[str, nn.Parameter]:
-        """The parameters that the optimizer steps; all others are constants."""
+        """The parameters that the optimizer changes; all others are constant."""
 
     def published(self) -> Sequence[NamedTensor]:
         """All tensors that an engine must receive to sample from the student.
 
-        An engine refuses an update that leaves any part of its model untouched, or an adapter for
-        which its model has no place. A tied output head
-        is listed as well as its embedding: vLLM on CPU packs the head into a copy, which an update
-        without its name would leave stale without an error.
+        An engine refuses an update that leaves any part of its model untouched, and an adapter for
+        which its model has no place. A tied output head is listed in addition to its embedding:
+        vLLM on CPU packs the head into a copy, which an update without its name would leave stale
+        without an error.
         """
 
     def saved(self) -> Mapping[str, nn.Parameter]:
         """The parameters whose fragments a checkpoint holds, by the names of the fragments.
 
-        A fragment consists of master weights and Adam's moments, so each of them trains.
+        All of them must be trained, since a fragment has master weights and Adam's moments.
         """
 
     def exported(self) -> Sequence[NamedTensor]:
-        """All tensors that an exported folder holds, each of them once.
+        """All tensors that an exported folder holds, each once.
 
-        A value head is among them, under the name VALUE_HEAD.
+        They include a value head, under the name VALUE_HEAD.
         """
 
 
 WeightsKind = Callable[[PreTrainedModel, nn.Parameter | None], StudentWeights]
 """A class of student weights, built from the model and its value head [1, H] or None.
 
-The model may be on torch's meta device, without numbers.
+The model may be on torch's meta device, without values.
 """
 
 
 class FullFineTuning:
-    """Every parameter of the model trains, and leaves the learner as it is."""
+    """The way of training in which all parameters are trained and leave the learner unchanged."""
 
     def __init__(self, model: PreTrainedModel, value_head: nn.Parameter | None = None) -> None:
         self.model = model
         self.value_head = {} if value_head is None else {VALUE_HEAD: value_head}
 
     def trained(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters()) | self.value_head  # a tied one appears once
+        return dict(self.model.named_parameters()) | self.value_head  # tied parameters appear once
 
     def published(self) -> list[NamedTensor]:
         tensors = self.tensors()
@@ -119,7 +120,7 @@ class FullFineTuning:
         return [*tensors, replace(embedding, name=LM_HEAD, repeats=embedding.name)]
 
     def tensors(self) -> list[NamedTensor]:
-        """Every weight of the model, without its value head; a tied one appears once."""
+        """All weights of the model, without a value head; tied parameters appear once."""
         return [same_tensor(name, p) for name, p in self.model.named_parameters()]
 
     def saved(self) -> dict[str, nn.Parameter]:
@@ -131,16 +132,16 @@ class FullFineTuning:
 
 
 class LowRankAdapters(FullFineTuning):
-    """Adapters train beside weights that stay as they are; they leave the learner merged into them,
-    or with lora.sync=adapter by themselves.
+    """The way of training in which only low-rank adapters are trained. They leave the learner
+    merged into the constant weights, or with lora.sync=adapter without them.
 
-    Example: W [4, 3] with a rank of 2 trains A [2, 3] and B [4, 2]. Engines receive, and an export
-    holds, W + s B A under the name of W; a checkpoint holds A and B. By themselves, engines receive
-    A and s B.
+    Example: for W [4, 3] and a rank of 2, A [2, 3] and B [4, 2] are trained. Engines receive, and
+    an export holds, W + s B A under the name of W; a checkpoint holds A and B. With
+    lora.sync=adapter, engines receive A and s B.
 
     Args:
-        model: gets the adapters, and is changed in place.
-        seed: of the adapters' first numbers.
+        model: gets the adapters in place.
+        seed: seed of the adapters' initial values.
     """
 
     def __init__(
@@ -174,7 +175,9 @@ class LowRankAdapters(FullFineTuning):
         return self.tensors() + [same_tensor(*item) for item in self.value_head.items()]
 
     def tensors(self) -> list[NamedTensor]:
-        """Every weight of the model as it would be without adapters, in its order."""
+        """All weights, with the names and order that the model has without adapters, and with the
+        adapters merged into them.
+        """
         layer_of = {id(layer.weight): layer for layer in self.layers}
         adapters = {id(parameter) for parameter in self.adapters().values()}
         tensors = []
@@ -187,12 +190,12 @@ class LowRankAdapters(FullFineTuning):
         return tensors
 
     def _alone(self, layer: AdaptedLayer) -> list[NamedTensor]:
-        """A and s B of a layer, so that an engine needs no s."""
+        """A and s B of a layer; s is multiplied into B, so that an engine does not need it."""
         down, up = (same_tensor(*item) for item in adapter_parameters(layer).items())
         return [down, replace(up, combine=partial(scaled, scale=self.scale))]
 
     def _merged(self, tensor: NamedTensor, layer: AdaptedLayer) -> NamedTensor:
-        """The tensor W of a layer with its adapter in it."""
+        """The tensor W of a layer with the adapter merged into it."""
         return replace(
             tensor,
             sources={**tensor.sources, **adapter_parameters(layer)},
@@ -201,7 +204,7 @@ class LowRankAdapters(FullFineTuning):
 
 
 def adapter_parameters(layer: AdaptedLayer) -> dict[str, nn.Parameter]:
-    """A and B of a layer, by the names that peft's files give them without their prefix."""
+    """A and B of a layer, by their names in peft's files without the prefix."""
     return {
         f"{layer.name}.lora_A.weight": layer.down,
         f"{layer.name}.lora_B.weight": layer.up,
@@ -209,7 +212,7 @@ def adapter_parameters(layer: AdaptedLayer) -> dict[str, nn.Parameter]:
 
 
 def merged(weight: Tensor, down: Tensor, up: Tensor, *, scale: float) -> Tensor:
-    """W + s B A, [out, in] in the dtype of W: computed in float32 or wider, and rounded once.
+    """W + s B A, [out, in] in the dtype of W: computed in float32 or wider, and then rounded once.
 
     Args:
         weight: W, [out, in].
@@ -223,7 +226,7 @@ def merged(weight: Tensor, down: Tensor, up: Tensor, *, scale: float) -> Tensor:
 
 
 def scaled(up: Tensor, *, scale: float) -> Tensor:
-    """s B, [out, rank] in the dtype of B: rounded once, and exact where s is a power of two.
+    """s B, [out, rank] in the dtype of B: rounded once, and exact if s is a power of two.
 
     Args:
         up: B, [out, rank].
@@ -241,7 +244,9 @@ def weights_kind(settings: RunSettings) -> WeightsKind:
 
 
 def train_only(weights: StudentWeights, module: nn.Module) -> list[nn.Parameter]:
-    """Turn off the gradients of all other parameters of `module`; returns those that train."""
+    """Turn off the gradients of all parameters of `module` that are not trained; returns the
+    trained ones.
+    """
     trained = list(weights.trained().values())
     identities = {id(parameter) for parameter in trained}
     for parameter in module.parameters():

@@ -1,6 +1,4 @@
-"""A model's weights as one packed buffer, in the order and under the names that a checkpoint would
-use.
-"""
+"""The weights that leave the learner: gathered layer by layer, or packed into one buffer."""
 
 import math
 import warnings
@@ -16,16 +14,17 @@ from hybridrl.types import WeightManifest
 from hybridrl.weights.parameters import NamedTensor
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
-"""A context in which the given parameters are whole; for sharded ones it is a collective."""
+"""A context in which the given parameters are whole; for sharded ones it is a collective call."""
 
 ALIGNMENT = 64
-"""Bytes. A tensor view needs the alignment of its dtype; 64 suits all, and vector loads."""
+"""In bytes. A tensor view must be aligned to its dtype; 64 suits all dtypes and vector loads."""
 
 
 class WeightStream:
-    """Tensors that leave the learner, one decoder layer gathered at a time, every rank in lockstep.
+    """Iterates over the tensors that leave the learner, gathering one decoder layer at a time. All
+    ranks must iterate together.
 
-    Example: `for name, tensor in WeightStream(weights.published(), gather)`; a tensor is whole only
+    Example: `for name, tensor in WeightStream(weights.published(), gather)`; a tensor is valid only
     until the next one is taken.
     """
 
@@ -36,7 +35,9 @@ class WeightStream:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all tensors that iterating yields; a tied head and its embedding count."""
+        """The bytes of all tensors that iterating yields; a tied head and its embedding both
+        count.
+        """
         return sum(_nbytes(tensor) for tensor in self.tensors)
 
     @property
@@ -52,7 +53,9 @@ class WeightStream:
                     yield tensor.name, tensor.combine(*wholes)
 
     def _layers(self) -> Iterator[list[NamedTensor]]:
-        """Neighbours with the same first number in their name ("model.layers.3.") are one layer."""
+        """The tensors in groups of one layer: consecutive ones whose names are equal up to the
+        first number, e.g. "model.layers.3".
+        """
         layer: list[NamedTensor] = []
         for tensor in self.tensors:
             if layer and _layer(tensor.name) != _layer(layer[-1].name):
@@ -62,10 +65,10 @@ class WeightStream:
         yield layer
 
     def pack(self, version: int) -> tuple[WeightManifest, np.ndarray]:
-        """All weights in one buffer [nbytes] uint8, and its manifest with the buffer's digest.
+        """Pack all weights into one buffer [nbytes] uint8; returns its manifest and the buffer.
 
-        Every call returns the same buffer, since allocating memory would take several times as long
-        as the copy.
+        Every call overwrites and returns the same buffer, since allocating memory would take
+        several times as long as the copy.
         """
         starts, nbytes = self._layout()
         if self.buffer is None:
@@ -89,7 +92,7 @@ class WeightStream:
 
     def _layout(self) -> tuple[dict[str, int], int]:
         """The offset of each tensor in bytes, by name, and the length of the buffer. A tensor that
-        repeats another one has its offset.
+        repeats another one has the same offset.
         """
         starts: dict[str, int] = {}
         end = 0
@@ -105,7 +108,7 @@ class WeightStream:
 def unpack(manifest: WeightManifest, packed: np.ndarray) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a buffer, [nbytes] uint8, as views by name.
 
-    They must not be written to: the object store's memory is shared.
+    They must not be written to, because the memory of the object store is shared.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -1,9 +1,9 @@
 """vLLM's side of a weight update: the backend `object_store`, and the learner's source of weights
 for the backends `nccl` and `ipc`.
 
-The backend receives one packed buffer, in the object store's own memory or as a file in shared
-memory (an engine's child processes cannot read Ray's object store), checks its digest, names,
-shapes and coverage, and loads it layer by layer, or puts it as an adapter beside the layers. It
+The backend `object_store` receives one packed buffer, in the object store's own memory or as a file
+in shared memory (an engine's child processes cannot read Ray's object store). It checks the digest,
+names, shapes and coverage, and loads the weights layer by layer, or as an adapter of the layers. It
 works on any hardware and has no process group that the failure of an engine could break.
 """
 
@@ -48,7 +48,7 @@ EngineCall = Callable[[str, Sequence[tuple]], None]
 
 @dataclass
 class ObjectStoreInitInfo(WeightTransferInitInfo):
-    """Nothing to set up."""
+    """Empty, since the backend needs no set-up."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
         """The manifest and the packed weights, [nbytes] uint8.
 
         Raises:
-            ValueError: they are not the bytes that were sent.
+            ValueError: the received bytes differ from those that were sent.
         """
         manifest = WeightManifest(**self.manifest)
         packed = self.packed
@@ -87,7 +87,7 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
     init_info_cls = ObjectStoreInitInfo
     update_info_cls = ObjectStoreUpdateInfo
     expected: set[str]  # parameters of the engine's model, all of which an update must load
-    received_digest: str | None = None  # of the bytes loaded last; None before and during an update
+    received_digest: str | None = None  # of the last loaded bytes; None before and during an update
 
     def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
         pass
@@ -106,11 +106,11 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
         self.received_digest = manifest.digest
 
     def replace_adapter(self, update_info: ObjectStoreUpdateInfo) -> None:
-        """Put the adapter in the packed buffer into the place of the one before.
+        """Replace the engine's adapter by the one in the packed buffer.
 
         Raises:
-            ValueError: other bytes were received, or vLLM's model has no place for the adapter of a
-                layer.
+            ValueError: the received bytes differ from those that were sent, or vLLM's model has no
+                place for the adapter of a layer.
         """
         self.received_digest = None
         manifest, packed = update_info.verified()
@@ -127,7 +127,7 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
     def _check_coverage(self, loaded: set[str]) -> None:
         """Check that the update wrote every parameter of the engine's model.
 
-        The manifest has the names of StudentWeights.published(). vLLM has other names (it fuses q,
+        The manifest has the names of StudentWeights.published(). vLLM uses other names (it fuses q,
         k and v), so the check uses those that load_weights returns.
 
         Raises:
@@ -147,10 +147,10 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
 
 
 class WorkerExtension:
-    """Methods added to vLLM's worker, callable by name through collective_rpc."""
+    """Methods that are added to vLLM's worker and called by name through collective_rpc."""
 
     def add_empty_adapter(self) -> None:
-        """An adapter that changes nothing, so that requests can name it before the first update."""
+        """Add an adapter that changes nothing, so that requests can name it before an update."""
         set_empty_adapter(object_store_engine(self).model)
 
     def load_adapter(self, update_info: dict[str, Any]) -> None:
@@ -158,7 +158,9 @@ class WorkerExtension:
         object_store_engine(self).replace_adapter(ObjectStoreUpdateInfo(**update_info))
 
     def received_digest(self) -> str | None:
-        """XXH3-128 of the weights that this worker loaded last; None: the backend has none."""
+        """XXH3-128 of the weights that this worker loaded last; None: it has loaded none, or the
+        backend computes no digest.
+        """
         return getattr(transfer_engine(self), "received_digest", None)
 
 
@@ -170,8 +172,8 @@ def object_store_engine(worker: WorkerExtension) -> ObjectStoreTransferEngine:
 
 
 class StreamSource(WeightSource):
-    """A WeightStream as vLLM's trainer side reads it: ZeRO-3 shapes in the metadata, gathered
-    tensors in the stream.
+    """A WeightStream in the form that vLLM's trainer side reads: the metadata has the whole shapes
+    of sharded tensors, and iterating gathers the tensors.
     """
 
     def __init__(self, stream: WeightStream) -> None:
@@ -185,7 +187,8 @@ class StreamSource(WeightSource):
 
 
 class EngineClient:
-    """vLLM's control-plane protocol for several engines: each call goes to all, and waits for all.
+    """Implements vLLM's control-plane protocol for several engines: each call goes to all engines,
+    and waits for all.
 
     Args:
         call: calls a method of every engine, with one tuple of arguments each, and waits for them
@@ -194,8 +197,8 @@ class EngineClient:
             after engine.
 
     Attributes:
-        version: of the weights of the next update. An engine serves it in the call that finishes
-            the update, so no token is sampled with the new weights and the old version.
+        version: the version of the weights of the next update. The call that finishes the update
+            sets it in the engine, so no token is sampled with the new weights and the old version.
     """
 
     def __init__(self, call: EngineCall, num_engines: int, tensor_parallel: int) -> None:
@@ -218,7 +221,7 @@ class EngineClient:
         self.call("update_weights", [(update_info,)] * self.num_engines)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """vLLM's senders give no version, therefore it is an attribute."""
+        """Finish the update with `self.version`, since vLLM's senders pass no `weight_version`."""
         self.call("finish_weight_update", [(self.version,)] * self.num_engines)
 
 
@@ -234,8 +237,8 @@ def trainer_engine(
     """
     source = StreamSource(stream)
     if backend == "ipc":
-        # Tensor by tensor, vLLM would hold every gathered tensor until the update is finished, so a
-        # rank of ZeRO-3 would hold the whole student. Its buffer must hold the largest tensor.
+        # Without packing, vLLM would hold every gathered tensor until the update is finished, so a
+        # rank of ZeRO-3 would hold the whole student. The buffer must hold the largest tensor.
         ipc = IPCTrainerInitInfo(
             rank=rank,
             packed=True,
