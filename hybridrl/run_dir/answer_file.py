@@ -1,11 +1,11 @@
-"""A file of answers, one JSON object a line, that an interrupted command continues.
+"""A file of answers, one JSON object a line, which can be continued after an interruption.
 
     answers.jsonl                       the rows
     answers.jsonl.state/settings.json   what the rows depend on
     answers.jsonl.state/logs/           one file for each worker
 
-A continued file holds the rows of an uninterrupted one, so it is refused where anything differs on
-which they depend.
+A continued file must have the same rows as an uninterrupted one, so continuing is refused if
+anything differs on which the rows depend.
 """
 
 import json
@@ -32,7 +32,7 @@ def state_folder(path: Path) -> Path:
 
 
 class AnswerFile:
-    """The rows of a file, each with a `uid` of its own. Use `opened`.
+    """A file of rows with unique values of `uid`. Use `opened` to make one.
 
     Example:
         with opened(Path("answers.jsonl"), {"run.seed": 0}) as file:
@@ -53,7 +53,7 @@ class AnswerFile:
         return frozenset(self.spans)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write rows; they are on disk when this returns.
+        """Append rows; they are on disk when this returns.
 
         Raises:
             OSError: they cannot be written.
@@ -66,8 +66,11 @@ class AnswerFile:
             self._size = end
 
     def put_in_order(self, uids: Sequence[str]) -> None:
-        """Sort the rows by the order of the prompts, all of which have one. The file is replaced at
-        once, and nothing can be appended afterwards.
+        """Sort the rows by the order of the prompts. The file is replaced atomically, and nothing
+        can be appended afterwards.
+
+        Args:
+            uids: the uids of all prompts, each of which has a row.
         """
         self._appender.close()
         if list(self.spans) == list(uids):
@@ -93,13 +96,13 @@ def opened(path: Path, conditions: Mapping[str, Any]) -> Iterator[AnswerFile]:
 
     Args:
         conditions: everything that the rows depend on, as values that JSON can hold, by the names
-            under which a difference is reported.
+            that an error reports.
 
     Raises:
-        ConfigError: the file was begun with other conditions, was not written by this command, or
-            another command is writing it.
+        ConfigError: the file was begun with other conditions or not by this command, or another
+            command is writing it.
         DataError: a row is damaged.
-        OSError: it cannot be read or written.
+        OSError: the file cannot be read or written.
     """
     state = state_folder(path)
     with named(path):
@@ -123,10 +126,11 @@ def opened(path: Path, conditions: Mapping[str, Any]) -> Iterator[AnswerFile]:
 
 
 def check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
-    """Refuse to continue a file under other conditions; one without rows may be begun anew.
+    """Check that a file was begun with these conditions. A file without rows may be begun anew.
 
     Raises:
-        ConfigError: names each difference.
+        ConfigError: they differ, and the message names each difference; or the earlier conditions
+            are unknown.
     """
     if not path.exists() or path.stat().st_size == 0:
         return
@@ -158,12 +162,12 @@ def check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
 
 
 def shown(conditions: Mapping[str, Any], name: str) -> str:
-    """A value for a message."""
+    """The value of a condition for a message, shortened."""
     return shortened(conditions[name]) if name in conditions else NOT_SET
 
 
 def remove_torn_row(path: Path) -> None:
-    """Cut off a last row without a line end, which a kill leaves behind."""
+    """Cut off a last row without a line end, which a killed command leaves behind."""
     with path.open("rb+") as file:
         end = 0
         for line in file:
@@ -172,7 +176,7 @@ def remove_torn_row(path: Path) -> None:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file in its order."""
+    """Yield the rows of a file in order."""
     with path.open("rb") as file:
         for line in file:
             yield json.loads(line)
@@ -182,7 +186,7 @@ def row_spans(path: Path) -> dict[str, tuple[int, int]]:
     """(begin, end) in bytes of each row, by its uid.
 
     Raises:
-        DataError: names the first line that is no row, or has the uid of an earlier one.
+        DataError: a line is not a row, or has the uid of an earlier one; the message names it.
     """
     spans: dict[str, tuple[int, int]] = {}
     begin = 0

@@ -1,4 +1,5 @@
-"""Checkpoints: folders that appear as a whole, with the sha256 of every file in a manifest."""
+"""Checkpoints: folders that appear complete or not at all, with a manifest of their files' sha256.
+"""
 
 import json
 import logging
@@ -33,7 +34,7 @@ FORMAT = 2
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 UNFINISHED = ".unfinished-"  # prefix of a folder that is being written or removed
-REPLACED = ".replaced-"  # prefix of a checkpoint of which a new version was written
+REPLACED = ".replaced-"  # prefix of a checkpoint that a new one of the same step replaces
 TRACKER_ID = "_id"  # suffix of the keys of state.json that hold the ids of trackers' runs
 STEP_FOLDER = re.compile(r"step_(\d{6,18})", re.ASCII)
 HEADROOM = 1 << 20  # bytes for state, manifest and headers
@@ -47,17 +48,17 @@ class Stateful(Protocol):
         """The state, made of values that JSON can hold."""
 
     def load_state_dict(self, state: Any) -> None:
-        """Continue from what state_dict returned."""
+        """Continue from a value that state_dict returned."""
 
 
 class Writer(Protocol):
     """A group of workers with state, each of which writes its own files."""
 
     def state_bytes(self) -> int:
-        """About how many bytes begin_save will write."""
+        """The approximate number of bytes that begin_save will write."""
 
     def begin_save(self, folder: str) -> Files:
-        """Begin to write the state as it is now into `folder`; it may change when this returns.
+        """Begin to write the present state into `folder`. The state may change once this returns.
 
         Raises:
             CheckpointError: a file could not be written.
@@ -84,13 +85,13 @@ class SettingsFile:
 class RunState:
     """The state of the controller that a resumed run needs; state.json holds it."""
 
-    step: int  # optimizer steps done
+    step: int  # number of training steps done, each with one or several optimizer steps
     weight_version: int
     optimizer_steps: int
     # state_dict of each Stateful part, by its name: the data cursor, schedules
     parts: dict[str, Any]
     metrics: dict[str, float]  # the row of the step, in which checkpoint.best is looked up
-    trackers: dict[str, str] = field(default_factory=dict)  # ids by tracker, of Sinks.state_dict
+    trackers: dict[str, str] = field(default_factory=dict)  # by tracker, as in Sinks.state_dict
     inputs: dict[str, str] = field(default_factory=dict)  # run_dir.inputs.digests
 
 
@@ -115,8 +116,8 @@ class Unfinished:
 class Checkpointer:
     """Saves and finds the folders checkpoints/step_NNNNNN of a run directory.
 
-    The newest checkpoint.keep of them are retained, and the best one. After the first save there is
-    a complete checkpoint at every moment, even if the process is killed.
+    The newest checkpoint.keep of them and the best one are retained. After the first save there is
+    a complete checkpoint at any time, even if the process is killed.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
@@ -128,8 +129,8 @@ class Checkpointer:
         return self.finish(self.begin(state, writers))
 
     def begin(self, state: RunState, writers: Sequence[Writer]) -> Unfinished:
-        """Begin a checkpoint of the present state in a temporary folder. When this returns, the
-        run may go on.
+        """Begin a checkpoint of the present state in a temporary folder. The run may go on once
+        this returns.
 
         Raises:
             CheckpointError: there is no room, or a file could not be written. Existing checkpoints
@@ -149,9 +150,12 @@ class Checkpointer:
         """Wait for the files of a checkpoint, sync it, verify it, and rename its folder. Only then
         are older checkpoints removed. It may be called in another thread than `begin`.
 
+        Returns:
+            The folder of the checkpoint.
+
         Raises:
-            CheckpointError: a file could not be written, or what is read back differs from what was
-                written. Existing checkpoints are unchanged.
+            CheckpointError: a file could not be written, or differs from what was written when it
+                is read back. Existing checkpoints are unchanged.
         """
         state = unfinished.state
         final = unfinished.final
@@ -174,16 +178,16 @@ class Checkpointer:
         return final
 
     def temporary(self, final: Path) -> Path:
-        """The path of a new temporary folder, which `clean` would remove.
+        """The path for a new temporary folder, which `clean` would remove.
 
-        Each call returns a new name, as a worker that was given up may still write to an old one.
+        Each call returns a new name, since an abandoned worker may still write to an old folder.
         """
         return self.root / f"{UNFINISHED}{final.name}-{uuid.uuid4().hex[:12]}"
 
     def clean(self) -> None:
         """Remove the temporary folders of a killed run, and undo a half-finished replacement.
 
-        Call it only with the lock of the run directory.
+        The caller must hold the lock of the run directory.
 
         Raises:
             CheckpointError: a folder cannot be removed.
@@ -214,8 +218,8 @@ class Checkpointer:
 
         Raises:
             CheckpointError: a checkpoint cannot be read at the moment, or is of another version. It
-                may be sound, so no older one is used instead. Or all checkpoints are damaged: to
-                start from step 0 would hide the loss.
+                may be undamaged, so no older one is used instead. Or all checkpoints are damaged:
+                starting from step 0 would hide the loss.
             OSError: the folder of checkpoints exists and cannot be listed.
         """
         damaged = []
@@ -233,9 +237,10 @@ class Checkpointer:
         return None
 
     def set_aside_newer(self, step: int) -> None:
-        """Rename the damaged checkpoints after `step`, so that these steps can be saved again.
+        """Rename the checkpoints after `step`, which are damaged, so that these steps can be saved
+        again.
 
-        They are never removed, as their owner may still be able to use them.
+        They are not removed, since their owner may still be able to use them.
         """
         for folder in self.folders():
             if step_of(folder) > step:
@@ -244,9 +249,8 @@ class Checkpointer:
                 log.error("%s: damaged, renamed to %s", folder, renamed.name)
 
     def best(self, folders: Sequence[Path]) -> Path | None:
-        """The folder with the best value of checkpoint.best, the oldest if there are several.
-
-        None: checkpoint.best is not set, or no folder has a finite value of it.
+        """The folder with the best value of the metric checkpoint.best, the first one if several
+        are equal; None: checkpoint.best is not set, or no folder has a finite value of it.
         """
         if not self.config.best:
             return None
@@ -265,9 +269,10 @@ class Checkpointer:
             )
 
     def _commit(self, unfinished: Path, final: Path) -> None:
-        """Rename the temporary folder to its final name, and remove an older one of that name.
+        """Rename the temporary folder to its final name, and remove an older checkpoint of that
+        name.
 
-        If the process is killed between two renames, `clean` restores the older one.
+        If the process is killed between the two renames, `clean` restores the older one.
         """
         replaced = self.root / f"{REPLACED}{final.name}"
         if os.path.lexists(final):
@@ -294,7 +299,7 @@ class Checkpointer:
         retained = {*candidates[-self.config.keep :], self.best(candidates)}
         for folder in candidates:
             if folder not in retained:
-                renamed = folder.rename(self.temporary(folder))  # as removal takes several steps
+                renamed = folder.rename(self.temporary(folder))  # since a removal is not atomic
                 failpoints.hit("checkpoint.pruned", step=step)
                 with suppress(CheckpointError):  # the next `clean` tries it again
                     remove(renamed)
@@ -311,9 +316,8 @@ def step_folders(run_dir: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with its content; of a link to a folder, only the link.
-
-    A link may lead to a checkpoint that its owner moved to another disk.
+    """Remove a folder with its content, or a file. If it is a link, only the link is removed: it
+    may lead to a checkpoint that its owner moved to another disk.
 
     Raises:
         CheckpointError: it cannot be removed.
@@ -329,10 +333,10 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def removed_on_error(folder: Path, final: Path) -> Iterator[None]:
-    """Remove the temporary folder of a checkpoint if a `with` block raises an exception.
+    """Remove the temporary folder of a checkpoint if the `with` block raises an exception.
 
     Raises:
-        CheckpointError: instead of an OSError; it names the folder `final`.
+        CheckpointError: the block raised an OSError; the message names the folder `final`.
     """
     try:
         yield
@@ -344,8 +348,8 @@ def removed_on_error(folder: Path, final: Path) -> Iterator[None]:
 
 
 def write(unfinished: Unfinished) -> None:
-    """Wait for the writers' files, then write the controller's state, and the manifest with the
-    digests that the writers reported. All of them are synced to disk.
+    """Wait for the writers' files, then write the controller's state, and a manifest with the
+    digests that the writers reported. All files are synced to disk.
     """
     folder = unfinished.folder
     state = unfinished.state
@@ -392,7 +396,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after a check of its form.
+    """Read the manifest of a checkpoint and check its form.
 
     Raises:
         DamagedCheckpoint: it is missing, or does not have the form that `write` gives it.
@@ -439,10 +443,10 @@ def state_to_json(state: RunState) -> dict[str, Any]:
 
 
 def state_from_json(content: Any) -> RunState:
-    """The state in the content of state.json.
+    """Make the state from the content of state.json.
 
     Raises:
-        TypeError, ValueError: the content does not have the form that `state_to_json` makes.
+        TypeError, ValueError: the content does not have the form that `state_to_json` returns.
     """
     if not isinstance(content, dict):
         raise ValueError("it is no mapping")
@@ -462,6 +466,7 @@ def read_state(folder: Path) -> RunState:
     """The controller's state in a checkpoint.
 
     Raises:
+        DamagedCheckpoint: state.json is missing or is not JSON.
         CheckpointError: its fields or their types are not those of RunState.
         OSError: it cannot be read.
     """
@@ -503,7 +508,7 @@ def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
     Raises:
         DamagedCheckpoint: a file is certainly missing, or has other bytes.
-        CheckpointError: a file is a link, or the folder holds weights without an entry.
+        CheckpointError: a file is a link, or the folder has a .safetensors file without an entry.
         OSError: a file cannot be read.
     """
     different = "missing or not what the manifest says"

@@ -1,4 +1,4 @@
-"""Digests of the contents of files, in a cache: a large file is read again only after a change."""
+"""Digests of files, with a cache, so that a large file is read again only after a change."""
 
 import hashlib
 import json
@@ -16,9 +16,10 @@ from hybridrl.core.files import named, read_bytes, replace_text, retry
 from hybridrl.models.loading import cache_dir
 
 CACHED_FROM = 1 << 20
-"""Bytes; for smaller files, reading them is as fast as looking up their digest."""
+"""In bytes. Reading a smaller file is as fast as looking up its digest."""
 SETTLED_S = 2.0
-"""Age in seconds from which another change would alter the times of a file, on any file system."""
+"""The age of a file in seconds after which a change certainly alters its times, on any file system.
+"""
 THREADS = 8  # xxhash releases the interpreter lock
 
 
@@ -38,7 +39,7 @@ def digest_of_files(files: Iterable[tuple[str, Path]]) -> str:
 def digest(path: Path) -> str:
     """xxh3_128 of a file's bytes, in hexadecimal digits.
 
-    For a large file it is looked up in the cache by path, size, inode and times of change.
+    For a large file it is looked up in the cache by path, size, inode, mtime and ctime.
 
     Raises:
         OSError: the file cannot be read, even after several attempts.
@@ -55,9 +56,9 @@ def digest(path: Path) -> str:
         if stored["identity"] == identity and isinstance(stored["digest"], str):
             return stored["digest"]
     value = read_digest(path)
-    # A copy that keeps the time of its original has the present as its time of change.
+    # The ctime matters too: a copy that keeps the mtime of its original gets a new ctime.
     if time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_S:
-        with suppress(OSError):  # without a writable home the file is read again the next time
+        with suppress(OSError):  # without a writable cache the file is read again the next time
             entry.parent.mkdir(parents=True, exist_ok=True)
             replace_text(entry, json.dumps({"identity": identity, "digest": value}))
     return value

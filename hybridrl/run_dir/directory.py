@@ -1,4 +1,5 @@
-"""The run directory. It holds one run, which locks it, and whose settings are in config.yaml."""
+"""The run directory: its lock, its settings in config.yaml, and the checks before a run continues.
+"""
 
 import fcntl
 import logging
@@ -43,7 +44,7 @@ HOLDER = ".holder"
 EXPORT = "export"
 """The folder of exported models, step_NNNNNN and others."""
 SET_ASIDE = ".earlier-"
-"""In the name of an export of steps that are done anew."""
+"""Part of the name of an export whose steps are repeated."""
 WRITTEN_INTO = ("logs", "skipped")
 """Folders with files that workers write."""
 PARTS = (
@@ -116,19 +117,19 @@ FREE = (
 """Settings and sections that may change when a run continues.
 
 They affect neither what is learned nor the meaning of the accuracy, but where, how fast and how
-often something is done. train.steps may change too, to train longer, unless a schedule ends at it,
-and held-out sets may be added and left out. All other settings, and so every future one, must stay
-the same.
+often something is done. train.steps may change too, unless a schedule ends at it, and held-out sets
+may be added and left out. `changes` allows a few more. All other settings, including every future
+one, must stay the same.
 """
 
 
 @contextmanager
 def run_directory(settings: RunSettings) -> Iterator[Path]:
-    """The run directory, created if necessary, and locked until the end of the `with` block.
+    """Create the run directory if necessary, and lock it until the end of the `with` block.
 
     Raises:
-        RunDirectoryError: another run has the lock, or as check_usable.
-        ConfigError: as check_usable.
+        RunDirectoryError: another run has the lock, or check_usable raised it.
+        ConfigError: check_usable raised it.
     """
     run_dir = check_usable(settings)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,7 @@ def run_directory(settings: RunSettings) -> Iterator[Path]:
 
 
 def check_usable(settings: RunSettings) -> Path:
-    """The absolute path of run.dir, after a check that a run may write there; changes nothing.
+    """Check that a run may write to run.dir, without changing anything; returns its absolute path.
 
     Raises:
         RunDirectoryError: it holds files but never held a run, or a part of it is a link.
@@ -156,12 +157,12 @@ def check_usable(settings: RunSettings) -> Path:
 
 
 def check_not_foreign(run_dir: Path) -> None:
-    """Refuse a directory with files that are not of a run, as a run replaces and removes files.
+    """Check that a directory holds a run or no files, since a run replaces and removes files.
 
-    Hidden files are allowed, and so is a file to which the output of this process goes.
+    Hidden files, lost+found, and a file to which the output of this process goes are allowed.
 
     Raises:
-        RunDirectoryError: names some of the files.
+        RunDirectoryError: it holds other files; the message names some of them.
     """
     files = [
         path.name
@@ -177,7 +178,7 @@ def check_not_foreign(run_dir: Path) -> None:
 
 
 def is_output(path: Path) -> bool:
-    """Whether this process writes stdout or stderr to the file, as by `> DIR/log`."""
+    """Whether this process writes stdout or stderr to the file, e.g. with `> DIR/log`."""
     streams = [stream for stream in (sys.__stdout__, sys.__stderr__) if stream is not None]
     with suppress(OSError, ValueError):  # a stream is closed, or is not a file
         status = path.stat()
@@ -186,7 +187,7 @@ def is_output(path: Path) -> bool:
 
 
 def was_run(run_dir: Path) -> bool:
-    """Whether the directory holds a run: the file .holder, its settings, or a checkpoint."""
+    """Whether the directory has held a run: it has .holder, a run's settings, or a checkpoint."""
     names = {path.name for path in entries(run_dir)}
     if HOLDER in names:
         return True
@@ -199,14 +200,14 @@ def was_run(run_dir: Path) -> bool:
 
 
 def check_no_links(run_dir: Path) -> None:
-    """Refuse a directory that has a link in a place that a run writes to.
+    """Check that a directory has no link in a place to which a run writes.
 
     Somebody else may have made the directory. Files that are replaced as a whole, like config.yaml,
-    need no check, as that replaces the link itself. A link to a single checkpoint is renamed or
+    need no check, since that replaces the link itself. A link to a single checkpoint is renamed or
     removed, and never written through.
 
     Raises:
-        RunDirectoryError: names the link.
+        RunDirectoryError: it has one; the message names the link.
     """
     inner = [path for folder in WRITTEN_INTO for path in entries(run_dir / folder)]
     parts = [*(run_dir / name for name in PARTS), *inner]
@@ -221,9 +222,9 @@ def check_no_links(run_dir: Path) -> None:
 def locked(run_dir: Path) -> Iterator[None]:
     """Lock the directory itself and its file .lock, until the end of the `with` block.
 
-    The kernel releases both locks when this process ends, for whatever reason. The first one does
-    not depend on a file that could be removed, the second one also works on file systems that
-    cannot lock directories (NFS).
+    The kernel releases both locks when this process ends for any reason. The first one does not
+    depend on a file that could be removed; the second one also works on file systems that cannot
+    lock directories (NFS).
 
     Raises:
         RunDirectoryError: another run has one of the locks.
@@ -260,17 +261,21 @@ def held_by_another(run_dir: Path) -> RunDirectoryError:
 def find_checkpoint(
     settings: RunSettings, run_dir: Path, inputs: Mapping[str, str]
 ) -> Checkpoint | None:
-    """The checkpoint to continue from, None: start at step 0; writes the settings to config.yaml.
+    """Find the checkpoint to continue from, and prepare the directory: write the settings to
+    config.yaml and set aside what is left of later steps.
 
-    Call it with the lock of run_directory.
+    The caller must hold the lock of run_directory.
 
     Args:
         inputs: run_dir.inputs.digests of what the run would read.
 
+    Returns:
+        The checkpoint; None: start at step 0.
+
     Raises:
         RunDirectoryError: the directory holds a run and run.resume=never, or a run with other
-            settings or inputs, or one that is beyond train.steps. It is unchanged, but for what
-            a killed run left behind (Checkpointer.clean).
+            settings or inputs, or one that is beyond train.steps. The directory is unchanged,
+            except that leftovers of a killed run are removed (Checkpointer.clean).
         CheckpointError: run.resume=required and there is no checkpoint; or all are damaged, or the
             one of run.resume_from is, or the newest cannot be read at the moment.
     """
@@ -288,8 +293,8 @@ def find_checkpoint(
 
 
 def set_aside_exports(run_dir: Path, step: int) -> None:
-    """Rename the exports of steps after `step`, which are those of an earlier course of the run, so
-    that no command takes one of them for its present model.
+    """Rename the exports of steps after `step`. These steps are repeated, and no command may take
+    such an export for the present model of the run.
     """
     for folder in sorted((run_dir / EXPORT).glob("step_*")):
         found = STEP_FOLDER.match(folder.name)
@@ -306,7 +311,7 @@ def checkpoint_to_continue(
     nothing.
 
     Args:
-        inputs: as of find_checkpoint.
+        inputs: as in find_checkpoint.
 
     Raises:
         RunDirectoryError, CheckpointError: as find_checkpoint.
@@ -343,7 +348,7 @@ def holds_run(run_dir: Path) -> bool:
 
 
 def describe_directory(settings: RunSettings, inputs: Mapping[str, str]) -> str:
-    """What a run with these settings would do with its run.dir, as a clause; writes nothing.
+    """A phrase that says what a run with these settings would do with run.dir; changes nothing.
 
     Raises:
         RunDirectoryError, CheckpointError: as find_checkpoint.
@@ -360,8 +365,8 @@ def describe_directory(settings: RunSettings, inputs: Mapping[str, str]) -> str:
 def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
     """Copy metrics, samples and ledger of the checkpoint's run into run_dir.
 
-    What is after the checkpoint's step is removed from them when the run starts. For trackers it is
-    a new run, so the returned checkpoint has no ids.
+    Their entries after the checkpoint's step are removed when the run starts. For trackers it is a
+    new run, so the returned checkpoint has no tracker ids.
 
     Raises:
         RunDirectoryError: one of those files is a link or a special file.
@@ -369,7 +374,7 @@ def continue_other(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
     """
     copied = replace(checkpoint, state=replace(checkpoint.state, trackers={}))
     if checkpoint.folder.parent.name != CHECKPOINTS:
-        return copied  # a checkpoint by itself, without the directory of its run
+        return copied  # the checkpoint is not in the directory of its run
     origin = checkpoint.folder.parent.parent
     files = samples_files(origin) + samples_files(origin, TOKENS_FILE)
     samples = [Path(SAMPLES, path.name) for _, path in files]
@@ -399,7 +404,7 @@ def earlier_settings(settings: RunSettings) -> RunSettings | None:
 
 
 def settings_of(checkpoint: Path) -> RunSettings:
-    """The settings that a checkpoint was made with, which it holds itself; of one without them,
+    """The settings with which a checkpoint was made, from its own config.yaml; without that file,
     those of the last start of its run.
 
     Raises:
@@ -410,7 +415,8 @@ def settings_of(checkpoint: Path) -> RunSettings:
 
 
 def read_settings(run_dir: Path) -> RunSettings:
-    """The settings of the last start of the run; without a config.yaml, those of a checkpoint.
+    """The settings of the last start of the run; if run_dir has no config.yaml, those of the newest
+    checkpoint that has one.
 
     Raises:
         RunDirectoryError: there is no config.yaml, or it is not of this version.
@@ -425,7 +431,7 @@ def read_settings(run_dir: Path) -> RunSettings:
 
 
 def settings_in(folder: Path) -> RunSettings | None:
-    """The settings in the config.yaml of a folder; None: it has none.
+    """The settings in the config.yaml of a folder; None: there is no such file.
 
     Raises:
         RunDirectoryError: it is not of this version.
@@ -443,15 +449,16 @@ def settings_in(folder: Path) -> RunSettings | None:
 
 
 def check_same_run(settings: RunSettings, run_dir: Path, checkpoint: Path) -> None:
-    """Refuse to continue a run if settings changed that must stay the same.
+    """Check that no setting has changed that must stay the same.
 
     Args:
-        run_dir: of the run that `settings` start or continue.
-        checkpoint: the folder from which it continues; one of another run is compared with the
-            settings that it was made with.
+        run_dir: the directory of the run that `settings` start or continue.
+        checkpoint: the folder from which it continues. For a checkpoint of another run, `settings`
+            are compared with those with which it was made.
 
     Raises:
-        RunDirectoryError: names each changed setting with both values, and the remedies.
+        RunDirectoryError: one has changed; the message names each such setting with both values,
+            and the remedies.
     """
     own = checkpoint in step_folders(run_dir)
     changed = changes(read_settings(run_dir) if own else settings_of(checkpoint), settings)
@@ -478,7 +485,7 @@ def check_same_run(settings: RunSettings, run_dir: Path, checkpoint: Path) -> No
 
 
 def check_inputs(settings: RunSettings, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse to continue a run if its data, models or reward functions changed.
+    """Check that no input of a run has changed: data, models, or files with the user's code.
 
     With other data, the data cursor and the ledger would refer to other prompts than before.
 
@@ -487,7 +494,7 @@ def check_inputs(settings: RunSettings, before: Mapping[str, str], now: Mapping[
         now: run_dir.inputs.digests of this start.
 
     Raises:
-        RunDirectoryError: names what changed, and the remedies.
+        RunDirectoryError: an input has changed; the message names it, and the remedies.
     """
     changed = [key for key in before.keys() & now.keys() if before[key] != now[key]]
     refused = sorted(key for key in changed if not within(key, settings.run.allow_changes))
@@ -519,7 +526,7 @@ def file_setting(key: str) -> str:
 
 
 def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
-    """(old, new) value of each setting that differs and must stay the same, by its dotted key.
+    """The (old, new) values of each setting that differs and must stay the same, by dotted key.
 
     Example: {"train.lr": (0.001, 0.002), "teachers.b.path": ("(not set)", "/models/b")}
     """
@@ -529,11 +536,11 @@ def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
         *prolonged,
         *places_of_servers(old, new),
         *sizes_of_engines(old, new),
-        # The same model scores, in another worker.
+        # share_base only decides which worker scores with the same model.
         *(f"teachers.{name}.share_base" for name in old.teachers.keys() & new.teachers.keys()),
     )
     free += tuple(f"{SETS}.{name}" for name in old.eval.sets.keys() ^ new.eval.sets.keys())
-    # Secrets are masked in both, as they are masked in config.yaml.
+    # Secrets are masked in both, since they are masked in config.yaml.
     before = flat(redact.tree(asdict(old)))
     after = flat(redact.tree(asdict(new)))
     pairs = {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in before | after}
@@ -545,8 +552,8 @@ def changes(old: RunSettings, new: RunSettings) -> dict[str, tuple[Any, Any]]:
 
 
 def places_of_servers(old: RunSettings, new: RunSettings) -> Iterator[str]:
-    """Settings of teachers that servers run in both: where a server is, and how it is used, may
-    change; its model may not.
+    """The settings that may change of teachers that a server runs in both `old` and `new`: its
+    address and its use, but not its model.
     """
     parts = ["url", "api_key", *(f"served.{f.name}" for f in fields(ServedConfig))]
     parts.remove("served.model")
@@ -556,8 +563,8 @@ def places_of_servers(old: RunSettings, new: RunSettings) -> Iterator[str]:
 
 
 def sizes_of_engines(old: RunSettings, new: RunSettings) -> Iterator[str]:
-    """Arguments of engines that score in both: their devices and memory may change, as those of the
-    engines that sample.
+    """The arguments that may change of engines that score in both `old` and `new`: their devices
+    and memory, as for the engines that sample.
     """
     for name in old.teachers.keys() & new.teachers.keys():
         if old.teachers[name].engine is not None and new.teachers[name].engine is not None:
@@ -565,7 +572,9 @@ def sizes_of_engines(old: RunSettings, new: RunSettings) -> Iterator[str]:
 
 
 def stretched_by_steps(settings: RunSettings) -> list[str]:
-    """Schedules that end at train.steps: another number of steps would change every step so far."""
+    """The settings of the schedules that end at train.steps. With another number of steps, every
+    step so far would have been different.
+    """
     moving = (ScheduleKind.linear, ScheduleKind.cosine)
     names = [
         name
@@ -590,5 +599,5 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def within(key: str, names: Iterable[str]) -> bool:
-    """Whether a key is one of the names, or is in a section that is one of them."""
+    """Whether a key is one of the names, or lies in a section that is one of them."""
     return any(f"{key}.".startswith(f"{name}.") for name in names)

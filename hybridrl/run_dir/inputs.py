@@ -1,4 +1,4 @@
-"""Digests of what a run reads besides its settings; they must be equal when the run continues."""
+"""Digests of a run's inputs other than its settings; they must be equal when the run continues."""
 
 import hashlib
 import os
@@ -45,7 +45,7 @@ def digests(
     data = hashlib.sha256()
     for prompt in prompts:
         data.update(described(prompt, prompt.responses).encode())
-    for prompt in heldout:  # without their responses, as these do not affect the training
+    for prompt in heldout:  # without their responses, which do not affect training
         data.update(described(prompt, ()).encode())
     of_sets = {}
     for name, of_set in sets.items():
@@ -57,8 +57,8 @@ def digests(
 
 
 def file_digests(settings: RunSettings) -> dict[str, str]:
-    """The digests of the chat template that the user gives, of the user's Python files that the run
-    executes, and of modules they import.
+    """The digests of the user's chat template, of the user's Python files that the run executes,
+    and of the modules that these import.
     """
     digest_of = {}
     template = settings.data.chat_template_file
@@ -77,7 +77,7 @@ def file_digests(settings: RunSettings) -> dict[str, str]:
 
 
 def user_files(settings: RunSettings) -> dict[str, str]:
-    """file.py:name of a user's own code, or the name of a built-in, by the setting for it."""
+    """For each setting that may name a user's code: file.py:name, or the name of a built-in."""
     algorithm = settings.algorithm
     own = {
         "algorithm.advantage": algorithm.advantage,
@@ -105,8 +105,8 @@ def model_digests(settings: RunSettings) -> dict[str, str]:
 
 
 def of_teacher(inputs: Mapping[str, str], name: str) -> dict[str, str]:
-    """Those of `digests` that a teacher's log-probs depend on: of its own files, and of the
-    student's start model, because a teacher may be that model.
+    """The entries of `inputs` on which a teacher's log-probs depend: those of its own files, and of
+    the student's start model, because a teacher may be that model.
     """
     return {
         key: digest
@@ -130,14 +130,14 @@ def models_in_use(settings: RunSettings) -> dict[str, tuple[str, str | None]]:
 
 def pinned(settings: RunSettings, earlier: RunSettings | None) -> RunSettings:
     """The settings with a commit for each model on the hub that is named without a revision, and
-    with dtypes in the place of auto.
+    with a dtype in place of `auto`.
 
-    So every worker, every restart and every continuation of the run loads the same files and
+    Thus every worker, every restart and every continuation of the run loads the same files and
     computes the same.
 
     Args:
-        earlier: settings of the run that is to be continued, whose commits and choices are used
-            again; None: a new run.
+        earlier: settings of the run that is continued, whose commits and choices are used again;
+            None: a new run.
 
     Raises:
         ConfigError: the model's config cannot be read.
@@ -156,16 +156,18 @@ def pinned(settings: RunSettings, earlier: RunSettings | None) -> RunSettings:
 
 
 def commit_of(path: str, earlier: ModelConfig | TeacherConfig | None) -> str | None:
-    """The commit of a model: that of the earlier run if it loads the same one, else the newest."""
+    """The commit of a model: that of the earlier run if it loads the same model, otherwise the
+    newest.
+    """
     if earlier is not None and earlier.path == path:
         return earlier.revision
     return newest_commit(path)
 
 
 def described(prompt: Prompt, responses: tuple[tuple[int, ...], ...]) -> str:
-    """What the model and the rewards see of a prompt, as text.
+    """A text with all that the model and the rewards see of a prompt.
 
-    Its form may not change: otherwise no run of an earlier version could be continued.
+    Its form must not change: otherwise no run of an earlier version could be continued.
     """
     return (
         f"Prompt(uid={prompt.uid!r}, input_ids={prompt.input_ids!r}, text={prompt.text!r}, "

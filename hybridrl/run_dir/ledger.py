@@ -14,21 +14,21 @@ from hybridrl.types import Prompt
 
 LEDGER = "ledger.jsonl"
 FAR = 1_000_000
-"""How many prompts a cursor may exceed twice the number of recorded ones before it is refused."""
+"""A cursor is refused if it exceeds twice the number of recorded prompts by more than this."""
 
 
 class Ledger:
-    """Writes one line per step, which is on disk before the checkpoint of the step is.
+    """Writes one line per step, which is on disk before the checkpoint of the step.
 
     Example of a line: {"step": 1, "trained": ["a@0"], "passed_over": ["b@0"]}. A resumed run first
-    removes the lines of the steps after its checkpoint, as it does these steps again.
+    removes the lines of the steps after its checkpoint, since it repeats these steps.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
         """Open the ledger and remove the lines after step `first_step`.
 
         Args:
-            first_step: the number of steps that are done: 0, or that of the checkpoint.
+            first_step: the number of steps that are done: 0, or the step of the checkpoint.
 
         Raises:
             LedgerError: the file is damaged before the end of that step.
@@ -44,8 +44,9 @@ class Ledger:
 
         Args:
             trained: uids of the prompts that were trained on.
-            passed_over: uids of those that were drawn and not trained on: their responses were
-                aborted, failed, or had equal rewards.
+            passed_over: uids of prompts that were drawn and not trained on, e.g. because their
+                responses were aborted, their rewards failed or were equal, or no gradient was
+                finite.
         """
         line = {"step": step, "trained": list(trained), "passed_over": list(passed_over)}
         self._file.append(json.dumps(line) + "\n")
@@ -54,16 +55,16 @@ class Ledger:
         """Check that the path of the ledger still leads to the file that is open.
 
         Raises:
-            RunDirectoryTaken: another directory has the path of the run's.
+            RunDirectoryTaken: another directory is at the path of the run directory.
             RunDirectoryError: the ledger or the whole directory was removed, moved or replaced.
         """
         self._file.check()
 
     def check_folder(self) -> None:
-        """Check that no other directory has the path of the run's.
+        """Check that no other directory is at the path of the run directory.
 
         Raises:
-            RunDirectoryTaken: another one has.
+            RunDirectoryTaken: another one is.
         """
         self._file.check_folder()
 
@@ -77,7 +78,7 @@ def read_ledger(run_dir: Path, through: int | None = None) -> list[dict[str, Any
     An incomplete last line, as a killed run may write it, is ignored.
 
     Args:
-        through: return only lines up to this step, and ignore damage after them. None: all lines.
+        through: return only the lines up to this step, and ignore damage after it; None: all lines.
 
     Raises:
         LedgerError: a line before the last one does not have the form of a ledger's line.
@@ -111,11 +112,12 @@ def check_ledger(run_dir: Path, steps: int, drawn: Iterable[str]) -> None:
     """Check that the ledger has each step once, each drawn prompt once, and no other prompt.
 
     Args:
-        steps: optimizer steps that are done.
+        steps: the number of training steps that are done.
         drawn: the uids before the data cursor, as drawn_uids returns them.
 
     Raises:
-        LedgerError: names prompts that are missing, used twice, or were never drawn.
+        LedgerError: steps or prompts are missing, used twice, or were never drawn; the message
+            names some of the prompts.
     """
     lines = read_ledger(run_dir)
     uses = Counter(uid for line in lines for uid in (*line["trained"], *line["passed_over"]))
@@ -133,12 +135,13 @@ def check_ledger(run_dir: Path, steps: int, drawn: Iterable[str]) -> None:
 
 
 def drawn_uids(prompts: Sequence[Prompt], seed: int, cursor: Mapping[str, Any]) -> list[str]:
-    """The uids before a data cursor, of each source in the order in which they are drawn.
+    """The uids before a data cursor, source by source, in the order in which they are drawn.
 
-    Prompts that were put back, and so will be drawn again, are not among them.
+    They do not include prompts that were put back and will be drawn again.
 
     Args:
         prompts: all training prompts, in the order of the data.
+        seed: the run's seed.
         cursor: state_dict of the run's PromptSource or PromptMixture.
     """
     returned = set(cursor["owed"])
@@ -151,10 +154,11 @@ def drawn_uids(prompts: Sequence[Prompt], seed: int, cursor: Mapping[str, Any]) 
 
 
 def check_cursor(run_dir: Path, prompts: Sequence[Prompt], cursor: Mapping[str, Any]) -> None:
-    """Refuse a cursor so large that the list of the prompts before it would fill the memory.
+    """Check that a cursor is not so large that a list of the prompts before it would fill the
+    memory.
 
     Raises:
-        LedgerError: the cursor is far beyond the prompts that the ledger records.
+        LedgerError: the cursor is far beyond the number of prompts that the ledger records.
     """
     recorded = sum(len(line["trained"]) + len(line["passed_over"]) for line in read_ledger(run_dir))
     number = sum(num_drawn(source.prompts, part) for source, part in cursors_of(prompts, 0, cursor))

@@ -1,4 +1,4 @@
-"""The report of a worker about a file that it wrote into a checkpoint."""
+"""Sealing a file of a checkpoint: its writer syncs it and reports its size and digest."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ from hybridrl.types import SavedFile
 
 
 def seal(path: Path) -> SavedFile:
-    """Sync a file to disk, and return its size and digest as its writer sees them.
+    """Sync a file to disk, and return the size and digest that its writer sees.
 
-    The controller compares them with what it reads itself.
+    The controller compares them with the file that it reads itself.
 
     Raises:
         OSError: the file cannot be synced or read.
