@@ -341,7 +341,7 @@ class GenerateOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """The layout of a packed weight buffer. learner -> engine, beside the buffer's reference."""
+    """The layout of a packed weight buffer. learner -> engine, with a reference to the buffer."""
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]  # torch dtype names, e.g. "bfloat16"

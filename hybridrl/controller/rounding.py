@@ -12,7 +12,8 @@ for teachers at a KL of 0.012, 0.003 and 0.0005.
 
 
 def rounding_warning(settings: RunSettings, stats: LearnerStats, device: str) -> str | None:
-    """The warning for a step that learned from a nearby teacher alone, through rounded logits.
+    """The warning for a step that learned only from a teacher close to the student, and through
+    rounded logits.
 
     Args:
         stats: statistics of the step.

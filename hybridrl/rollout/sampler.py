@@ -372,7 +372,7 @@ def sampling_params(
         max_tokens=max_tokens,
         stop_token_ids=list(stop_token_ids),
         seed=None if order.temperature == 0 else seed,
-        logprobs=order.support,  # the number of tokens besides the drawn one
+        logprobs=order.support,  # the number of tokens in addition to the drawn one
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,

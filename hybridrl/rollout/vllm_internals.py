@@ -172,7 +172,7 @@ def read_completion(output: "CompletionOutput", support: int) -> Completion:
 
     vLLM reports 1 + K entries a token: the drawn token, then the K most likely ones, with the drawn
     token once more if it is among them. The first entry is not part of the support, which therefore
-    depends on the prefix alone.
+    depends only on the prefix.
 
     Raises:
         asyncio.CancelledError: the response ended for another reason than an end token or its

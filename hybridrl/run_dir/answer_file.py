@@ -27,7 +27,7 @@ NOT_SET = "(not set)"
 
 
 def state_folder(path: Path) -> Path:
-    """The folder beside a file of answers."""
+    """The folder for the state of a file of answers, next to it."""
     return path.with_name(f"{path.name}.state")
 
 
@@ -126,7 +126,7 @@ def opened(path: Path, conditions: Mapping[str, Any]) -> Iterator[AnswerFile]:
 
 
 def check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
-    """Check that a file was begun with these conditions. A file without rows may be begun anew.
+    """Check that a file, if it has rows, was begun with these conditions.
 
     Raises:
         ConfigError: they differ, and the message names each difference; or the earlier conditions

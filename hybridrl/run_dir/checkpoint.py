@@ -1,5 +1,4 @@
-"""Checkpoints: folders that appear complete or not at all, with a manifest of their files' sha256.
-"""
+"""Checkpoints: folders that appear complete or not at all, with a manifest of file digests."""
 
 import json
 import logging

@@ -1,5 +1,4 @@
-"""The run directory: its lock, its settings in config.yaml, and the checks before a run continues.
-"""
+"""The run directory: its lock, its settings in config.yaml, and the checks before continuing."""
 
 import fcntl
 import logging

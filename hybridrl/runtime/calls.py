@@ -334,7 +334,7 @@ def is_done(pending: Pending) -> bool:
 
 
 def ended(refs: Sequence[Reference]) -> set[Reference]:
-    """Those of `refs` whose calls have ended, with a result or an error; does not wait."""
+    """The references in `refs` whose calls have ended, with a result or an error. Does not wait."""
     return set(ray.wait(list(refs), num_returns=len(refs), timeout=0)[0]) if refs else set()
 
 

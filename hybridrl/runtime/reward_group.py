@@ -35,7 +35,7 @@ class RewardGroup(StatelessGroup):
         }
         of_all = [arguments] * len(slots)
         super().__init__(settings, slots, name="reward", arguments=of_all, log_dir=log_dir)
-        self.num_alone = 0  # chunks that came alone
+        self.num_alone = 0  # number of calls of score_one
 
     def score(self, chunks: Sequence[Chunk], weights: Sequence[float]) -> list[Pending]:
         """Start one call per chunk of a wave: -> Rewards. The first worker gets the first chunk.

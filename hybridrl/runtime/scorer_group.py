@@ -72,7 +72,7 @@ class ScorerGroup(StatelessGroup):
             unit=self.devices,
             renewed=self._arguments,
         )
-        self.num_alone = 0  # chunks that came alone
+        self.num_alone = 0  # number of calls of score_one
 
     def _arguments(self, workers: range) -> list[Mapping[str, object]]:
         """The constructor arguments of the workers of one replica. If it has several workers, they

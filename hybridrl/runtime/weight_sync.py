@@ -46,7 +46,7 @@ class WeightSync:
 
     def _send(self, version: int) -> int:
         """Send to all engines that serve, after admitting those that are ready. The channel is
-        opened anew whenever an engine was lost or has joined.
+        reopened whenever an engine was lost or has joined.
         """
         self.version = None  # engines that join from here on get the weights with the others
         self.rollout.fleet.admit()

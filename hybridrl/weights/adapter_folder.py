@@ -65,7 +65,7 @@ def export_adapters(
 
 
 def check_adapter_run(settings: RunSettings) -> None:
-    """Refuse a run that trained all weights.
+    """Check that a run trained adapters.
 
     Raises:
         ConfigError: lora.rank is not set.
