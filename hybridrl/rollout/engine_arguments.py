@@ -156,7 +156,7 @@ def check_installed() -> None:
 
 
 def check_engine_arguments(arguments: Mapping[str, Any], rules: ArgumentRules = OF_ROLLOUT) -> None:
-    """Check the user's arguments of an engine.
+    """Check that the run does not decide the user's engine arguments itself, and vLLM takes them.
 
     Raises:
         ConfigError: the run decides an argument, vLLM does not have it, or vLLM refuses its value;
