@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """What takes long to import is imported at its first use."""
+    """Import a public name at its first use, because the imports take seconds."""
     if name == "train":
         from hybridrl.api import train
 

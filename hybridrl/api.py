@@ -48,20 +48,20 @@ def train(
         config: a YAML file of settings that the overrides go on top of; None: conf/ alone, or the
             settings of the run in run.dir where `overrides` choose no file of conf/.
         on_step: called in this process after each step with the number of steps done, from 1 on,
-            and the step's row of metrics, as metrics.jsonl has it. It is called when the step is
-            logged, and saved if it is due; what it returns is ignored. Training waits for it.
-            After a fault that takes the run back to a checkpoint, later steps come again. Raise
-            hybridrl.StopTraining in it to end the run after this step: the run saves a checkpoint,
-            exports its model and returns, with exit_reason "stopped". Any other exception is
-            raised by this call after a checkpoint.
+            and the step's row of metrics, as in metrics.jsonl. The call comes after the step was
+            logged and, where a checkpoint is due, saved; training waits for it and ignores the
+            return value. After a fault that returns the run to a checkpoint, the later steps are
+            reported again. Raise hybridrl.StopTraining in it to end the run after this step: the
+            run saves a checkpoint, exports its model and returns, with exit_reason "stopped". Any
+            other exception is raised by this call after a checkpoint.
         rewards: reward functions by name: each sets reward.functions.NAME.function to the file
-            that defines the function, which the workers load. A lambda, and a function of a
-            notebook's cell or of the script that runs, are refused. Weights and options are
-            settings, for example "+reward.functions.NAME.weight=0.5". Evaluations use the first
-            function for accuracy; those that the settings name come first.
-        warm: keeps the workers between several calls; None: they start and end with this one. With
-            it a stop signal after the last step raises Preempted too, so that no other job begins;
-            the run is finished.
+            that defines the function, which the workers load. A lambda, and a function that a
+            notebook's cell or the running script defines, are refused. Weights and options are
+            settings, for example "+reward.functions.NAME.weight=0.5". Evaluations measure accuracy
+            by the first function; functions that the settings name precede these.
+        warm: keeps the workers between several calls; None: they start and end with this call.
+            With it, a stop signal after the last step also raises Preempted, so that no other job
+            begins; the run is finished.
 
     Returns:
         the final metrics, and the paths of the run's report and model.
@@ -71,8 +71,8 @@ def train(
         Preempted: the run was ended by a signal and has saved what it could.
         HybridRLError: the run failed; one of the types in hybridrl.core.errors. Nothing is left
             running.
-        Exception: as on_step raised it; what was learned so far is saved, or a note says why not,
-            and nothing is left running.
+        Exception: the one that on_step raised; what was learned so far is saved, or a note says why
+            not, and nothing is left running.
     """
     if isinstance(overrides, str):
         raise ConfigError(f"{overrides}: must be a list of texts; write [{overrides!r}]")
@@ -103,11 +103,11 @@ def run_settings(
     """Run or continue `settings`.
 
     Args:
-        on_step, warm: as of `train`.
+        on_step, warm: as in `train`.
 
     Raises:
-        HybridRLError: what went wrong, in one sentence; nothing is left running.
-        Exception: as on_step raised it.
+        HybridRLError: the run failed, for the reason in its message; nothing is left running.
+        Exception: the one that on_step raised.
     """
     from hybridrl.launch.session import train as train_session  # loads torch and ray
 

@@ -224,7 +224,7 @@ def doctor_verb(arguments: Sequence[str]) -> int:
 
 
 def warm_training(stack: ExitStack) -> Callable[[RunSettings], int]:
-    """run_training for the jobs of a sweep: workers stay between them, and end with the stack."""
+    """`run_training` for the jobs of a sweep: they share workers, which end with `stack`."""
 
     @cache
     def warm() -> "WarmWorkers":
@@ -240,7 +240,7 @@ def run_training(settings: RunSettings, warm: "WarmWorkers | None" = None) -> in
     """Train, print the result and return the exit status.
 
     Args:
-        warm: as of hybridrl.train.
+        warm: as in hybridrl.train.
     """
     result = run_settings(settings, warm=warm)
     if result.accuracy_before is not None and result.accuracy_after is not None:
@@ -271,9 +271,9 @@ def run_checks(settings: RunSettings) -> int:
 def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = run_training) -> int:
     """Let Hydra handle its flags: --help, --cfg, --info, --multirun.
 
-    Its errors become one sentence, as those of hybridrl are.
+    Errors of Hydra are printed as one sentence, like those of hybridrl.
 
-    The jobs of a sweep run one after another. If one fails the next ones still run, but not after
+    The jobs of a sweep run one after another. If a job fails, the next ones still run, except after
     SIGTERM or Ctrl-C.
 
     Args:
@@ -310,11 +310,10 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
 
 
 class Sweep:
-    """The jobs of one command, which Hydra starts one after another; without --multirun a single
-    one.
+    """The jobs of one command, which Hydra starts one after another; one job without --multirun.
 
     Args:
-        overrides: of the command line.
+        overrides: those of the command line.
         run: is called with the settings of each job; returns its exit status.
     """
 
@@ -328,7 +327,7 @@ class Sweep:
         """Run a job and note its exit status.
 
         Raises:
-            SystemExit: a signal has ended it, so that no further job may start.
+            SystemExit: a signal ended the job, so no further job may start.
         """
         self.statuses.append(exit_status(lambda: self._run_job(composed)))
         if self.statuses[-1] in (TRY_AGAIN, INTERRUPTED):
@@ -471,7 +470,7 @@ def jobs_verb(arguments: Sequence[str]) -> int:
 
 
 def parsed_by_argparse(act: Callable[[], int]) -> int:
-    """Call `act`; where argparse has printed its help or an error, returns the status of that."""
+    """Call `act` and return its exit status, or that of argparse after its help or an error."""
     try:
         return act()
     except SystemExit as end:

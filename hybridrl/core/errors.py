@@ -1,7 +1,8 @@
 """Every error that hybridrl raises on purpose.
 
-All of them derive from HybridRLError and keep their constructor arguments in `args`, so that they
-survive pickling between processes. Where a standard exception fits, the error is of that type too.
+All of them but StopTraining, which a user raises, derive from HybridRLError. They keep their
+constructor arguments in `args`, so that they survive pickling between processes. Where a standard
+exception fits, the error is of that type too.
 """
 
 
@@ -53,7 +54,7 @@ class WeightSyncError(HybridRLError):
 
 
 class MetricError(HybridRLError):
-    """A setting follows a metric that no step of the run measures."""
+    """A setting names a metric that no step of the run measures."""
 
 
 class RewardError(HybridRLError):
@@ -109,7 +110,7 @@ class ServerError(HybridRLError):
     """A server or an engine that scores for a teacher did not answer in time, or its answer cannot
     be used.
 
-    The message names the setting, and the address of a server.
+    The message names the setting and, for a server, its address.
     """
 
 
@@ -129,10 +130,14 @@ class ClusterLost(HybridRLError):
 
 
 class StopTraining(Exception):
-    """Raised by a user's on_step to end the run after the step: it saves its state, and the call
-    returns. The same call continues.
+    """Raised by a user's on_step to end the run after the present step.
+
+    The run saves its state and the call returns; the same call continues the run.
     """
 
 
 class Preempted(HybridRLError):
-    """A stop signal (SIGTERM) ended the run, which saved its state; the same command continues."""
+    """A stop signal (SIGTERM, SIGHUP or Ctrl-C) ended the run, which saved what it had learned.
+
+    The same command continues the run.
+    """

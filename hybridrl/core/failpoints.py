@@ -37,7 +37,7 @@ class Failpoint:
     once: Path | None  # marker file, created when the point fires; None: it fires every time
 
     def fires(self, place: str, where: dict[str, object]) -> bool:
-        """Whether place and conditions match, and no marker file exists, which is then created."""
+        """Whether place and conditions match and the marker file did not exist; creates it."""
         if place != self.place or any(
             str(where.get(key)) != value for key, value in self.where.items()
         ):

@@ -10,12 +10,11 @@ from pathlib import Path
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder for the files of `folder`. At the end of the block it gets that name, in
-    the place of what had it; after an error it is removed.
+    """Yield a temporary folder that replaces `folder` at the end of the block; an error removes it.
 
-    An empty folder that exists may be a volume, a link or the working directory of a shell, and
-    cannot be replaced. It gets the files one by one, those without which it counts as no model at
-    the end.
+    An existing empty folder may be a volume, a link or the working directory of a shell, which
+    cannot be replaced, so the files are moved into it one by one. The config files come last:
+    without one, the folder does not count as a model.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     fills = is_empty_folder(folder)

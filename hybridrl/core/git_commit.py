@@ -7,8 +7,8 @@ LIMIT_S = 5.0
 
 
 def git_commit() -> str | None:
-    """The 40 digits of the commit that the working directory is in, followed by "-dirty" where
-    files that git tracks differ from it.
+    """The 40 digits of the commit that is checked out in the working directory, with "-dirty"
+    appended where tracked files differ from it.
 
     None outside of a repository, in one without a commit, and where git is missing, refuses or
     takes too long.

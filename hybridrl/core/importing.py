@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Import torch, vLLM or DeepSpeed in the block, without Python's collector of cycles.
+    """Pause Python's cycle collector while the block imports torch, vLLM or DeepSpeed.
 
-    Cycle collection during a large import finds nothing and takes a seventh of its time. The
-    objects made here are also exempt from later collection, until the process ends: extensions such
-    as Triton's print what is not collected then.
+    Cycle collection during a large import finds nothing and takes a seventh of its time. All
+    objects that exist after the block are also exempt from later collection. The exemption ends
+    with the process, because extensions such as Triton's print objects that are not collected then.
     """
     if not gc.isenabled():
         yield

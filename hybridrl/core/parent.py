@@ -1,7 +1,7 @@
-"""A process that ends with the one that started it.
+"""Ends a process when its parent process has ended.
 
-vLLM's engine core does not: when the worker around it is killed, it would retain its device's
-memory, and the worker that is started in its place would find too little.
+vLLM's engine core does not do so by itself: after its worker was killed, it would keep the memory
+of its device, and the worker that replaces the first would find too little.
 """
 
 import multiprocessing
@@ -10,12 +10,13 @@ from multiprocessing.process import BaseProcess
 from threading import Thread
 
 VARIABLE = "HYBRIDRL_END_WITH_PARENT"
-"""Set in the environment of processes that end so."""
+"""Set in the environment of the processes that `end_with_parent` ends."""
 
 
 def end_with_parent() -> None:
-    """End this process, from a thread of its own, when the process that started it by
-    multiprocessing has ended; nothing where VARIABLE is not set.
+    """Start a thread that ends this process when its parent by multiprocessing has ended.
+
+    Does nothing without such a parent, or where VARIABLE is not set.
     """
     parent = multiprocessing.parent_process()
     if parent is not None and VARIABLE in os.environ:

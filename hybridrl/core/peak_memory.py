@@ -8,12 +8,14 @@ from pathlib import Path
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 RESET = "5"
-"""Written to CLEAR, it sets the kernel's high-water mark to what is resident now."""
+"""Written to CLEAR, it resets the kernel's high-water mark to the memory resident now."""
 
 
 class PeakMemory:
-    """The peak of each phase. Phases may overlap, and one may be entered several times at once: the
-    memory of a process is that of all phases that it is in.
+    """Records the peak memory of each phase of this process.
+
+    Phases may overlap, and a phase may be entered several times at once; a peak counts for every
+    phase that is under way.
 
     Example:
         with memory.phase("learn"):
@@ -21,7 +23,7 @@ class PeakMemory:
         memory.take() == {"learn": 2_100_000_000}
 
     Args:
-        peak: the most bytes since its last call.
+        peak: returns the most bytes held since its last call.
     """
 
     highest = 0
@@ -34,7 +36,7 @@ class PeakMemory:
 
     @classmethod
     def of_device(cls, device: str) -> "PeakMemory":
-        """Of the tensors on this process' GPU with "cuda", else of its resident memory."""
+        """Of the tensors on this process's GPU for "cuda", else of its resident memory."""
         return cls(allocated_peak if device == "cuda" else resident_peak)
 
     @contextmanager
@@ -75,8 +77,8 @@ def allocated_peak() -> int:
 
 
 def resident_peak() -> int:
-    """The most bytes of resident memory since the last call, shared memory included; where the
-    kernel does not let a process reset that mark, since its start.
+    """The most bytes of resident memory, shared memory included, since the last call; since the
+    start of the process where the kernel does not let it reset that mark.
     """
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
     with suppress(OSError):

@@ -1,8 +1,8 @@
 """A trace of a run: what each process did when, for Perfetto (ui.perfetto.dev).
 
-Each process appends to a file of its own in logs/, and the end of the run puts them together into
-trace.json. Both have the JSON array format of Chrome's traces (docs.google.com "Trace Event
-Format"): one event an element, whose closing bracket may be missing.
+Each process appends to a file of its own in logs/, in the JSON array format of Chrome's traces
+(docs.google.com "Trace Event Format"): one event an element, and no closing bracket. The end of the
+run combines these files into trace.json, which has the JSON object format.
 """
 
 import itertools
@@ -22,19 +22,19 @@ SUFFIX = ".trace.json"
 WHOLE = "trace.json"
 """The trace of all processes, in the run directory."""
 MOST_BYTES = 2**26
-"""Of the file of one process, after which it records no more."""
+"""Largest size of the file of one process, which then records nothing more."""
 DRIVER = "driver"
 
 
 class Trace:
-    """The spans of one process, in microseconds since 1970.
+    """Records the spans of one process, in microseconds since 1970.
 
-    Spans of one thread end in the opposite order in which they began. Coroutines may end in any
-    order, so each has a track of its own.
+    Spans of one thread end in the reverse of the order in which they began. Coroutines may end in
+    any order, so each has a track of its own.
 
     Args:
-        path: where spans are appended; None: nothing is recorded.
-        coroutines: the spans overlap.
+        path: the file to which spans are appended; None: nothing is recorded.
+        coroutines: the spans are of coroutines and may overlap.
     """
 
     def __init__(self, path: Path | None, *, coroutines: bool = False) -> None:
@@ -59,7 +59,7 @@ class Trace:
         event: dict[str, Any] = {"name": name, "cat": "call", "pid": os.getpid(), "tid": 0}
         events = [{**event, "ph": "X", "ts": begin, "dur": end - begin}]
         if self._coroutines:
-            # Of this process alone: a viewer shows spans whose "id" is not local under no process.
+            # A local id: a viewer shows spans with a global "id" under no process.
             identity = {"id2": {"local": f"{os.getpid()}.{next(self._ids)}"}}
             events = [
                 {**event, **identity, "ph": "b", "ts": begin},
@@ -87,12 +87,12 @@ class Trace:
 
 
 def now_us() -> int:
-    """Of the wall clock, as the processes of several nodes share no other."""
+    """Microseconds since 1970 by the wall clock, the only one that several nodes share."""
     return time.time_ns() // 1000
 
 
 def trace_of_worker(log: str, *, coroutines: bool) -> Trace:
-    """The trace of this worker, beside its log; one that records nothing where the run is not
+    """The trace of this worker, in a file beside its log; it records nothing where the run is not
     traced.
     """
     traced = VARIABLE in os.environ
@@ -100,7 +100,7 @@ def trace_of_worker(log: str, *, coroutines: bool) -> Trace:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of one process; without a last one that its end has cut."""
+    """The events of one process, without a last one that the end of the process cut off."""
     lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     events = []
     for line in lines:
@@ -114,9 +114,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 def whole_trace(files: Sequence[Path]) -> list[dict[str, Any]]:
     """The events of several processes, each under the name of its file, in the order of time.
 
-    Process ids of several nodes may be equal, so each file has a number instead, which is that of
-    its thread too. They count from 1, because 0 is the idle process in Perfetto. Times count from
-    the first event.
+    Processes of several nodes may have equal ids, so the number of its file replaces the process
+    and thread id of an event. Numbers start at 1, because 0 is the idle process in Perfetto. Times
+    are relative to the first event.
     """
     events: list[dict[str, Any]] = []
     driver = f"{DRIVER}{SUFFIX}"

@@ -18,7 +18,7 @@ def load_from_file(field: str, name: str, kind: str = "function") -> Any:
     Args:
         field: the setting and its value, with which an error begins.
         name: file.py:name.
-        kind: the word for it in errors, "function" or "class".
+        kind: what errors call it, "function" or "class".
 
     Raises:
         ConfigError: there is no such file, it raises, or it defines no callable of that name.
