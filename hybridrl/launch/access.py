@@ -95,7 +95,7 @@ def answers_strangers(host: str, port: int, *, secure: bool = False) -> bool | N
 
 
 def unverified() -> ssl.SSLContext:
-    """A context that accepts any certificate, as those of clusters are often self-signed."""
+    """A context that accepts any certificate, since clusters often have self-signed ones."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -105,7 +105,7 @@ def unverified() -> ssl.SSLContext:
 def dashboard(
     host: str, port: int, open_to_strangers: bool | None, *, secure: bool = False
 ) -> Finding:
-    """Whether strangers can run commands by the dashboard at an address.
+    """Whether strangers can run commands through the dashboard at an address.
 
     Args:
         open_to_strangers: as answers_strangers returns it.

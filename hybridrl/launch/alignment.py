@@ -1,7 +1,7 @@
-"""What aligns a teacher with a student that has another end token or another chat template.
+"""Aligns a teacher with a student that has another end token or another chat template.
 
-model.eos and teachers.NAME.eos name the end tokens; teachers.NAME.chat_template=own has a teacher
-read each conversation through its own template. Without them a difference is refused.
+model.eos and teachers.NAME.eos name the end tokens; with teachers.NAME.chat_template=own a teacher
+reads each conversation through its own template. Without these settings a difference is refused.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,16 +23,17 @@ def check_ends(
     teacher_eos: int | None,
 ) -> None:
     """Refuse a teacher that ends a response with another token than the student, unless
-    teachers.NAME.eos says what to make of it.
+    teachers.NAME.eos aligns the two tokens.
 
     Args:
-        student: its tokenizer, with model.eos as its end token.
-        name: of the teacher.
+        student: the student's tokenizer, with model.eos as its end token.
+        name: the teacher's name.
         source: the setting with the teacher's tokenizer, e.g. "teachers.main.path=/models/teacher".
         teacher_eos: the end token of the teacher's tokenizer, an id of the student's; None: none.
 
     Raises:
-        ConfigError: names both tokens and the settings that align them; or as end_tokens.
+        ConfigError: the tokens differ; names both and the settings that align them. Or as
+            end_tokens.
     """
     if settings.teachers[name].eos is not None:
         end_tokens(settings, name)
@@ -68,14 +69,15 @@ def check_begins(
     source: str,
     teacher: PreTrainedTokenizerBase,
 ) -> None:
-    """Refuse a teacher that begins a text with another token, unless it has its own prompts.
+    """Refuse a teacher that begins a text with another token than the student, unless it reads
+    prompts by its own chat template.
 
     Args:
-        student, name, source: as of check_ends.
-        teacher: its tokenizer.
+        student, name, source: as in check_ends.
+        teacher: the teacher's tokenizer.
 
     Raises:
-        ConfigError: names both tokens and the setting that aligns them.
+        ConfigError: the tokens differ; names both and the setting that aligns them.
     """
     if teacher.bos_token_id == student.bos_token_id or reads_own_prompts(settings, name):
         return
@@ -95,10 +97,10 @@ def reads_own_prompts(settings: RunSettings, name: str) -> bool:
 def teacher_templates(
     settings: RunSettings, tokenizers: Mapping[str, PreTrainedTokenizerBase]
 ) -> dict[str, ChatTemplate]:
-    """The chat templates of the teachers in use that read prompts by their own, by their names.
+    """The chat template of each teacher in use that reads prompts by its own, by teacher.
 
     Args:
-        tokenizers: of the teachers that have a path.
+        tokenizers: those of the teachers that have a path, by name.
 
     Raises:
         ConfigError: a teacher has no chat template, or its template does not read an argument.
@@ -142,7 +144,7 @@ def alignment(settings: RunSettings, student: PreTrainedTokenizerBase) -> Iterat
     "teacher main reads prompts by its own chat template"
 
     Args:
-        student: its tokenizer, with model.eos as its end token.
+        student: the student's tokenizer, with model.eos as its end token.
     """
     yield f"responses end with {described(student, student.eos_token_id)}"
     for name in settings.teachers_in_use:

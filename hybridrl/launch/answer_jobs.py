@@ -1,8 +1,8 @@
-"""Answers of a model to several lists of prompts, each appended to a file of its own.
+"""Writes a model's answers to several lists of prompts, each list to a file of its own.
 
-An interrupted call is continued by the same call, whose files then equal those of an uninterrupted
-one: each engine samples whole waves, the seed of a response depends on its prompt alone, and a file
-is refused where anything else differs.
+The same call continues an interrupted one, and its files then equal those of an uninterrupted call:
+each engine samples whole waves, the seed of a response depends on its prompt alone, and a file that
+was begun under other conditions is refused.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ ROLLOUT_CONDITIONS = (
     "enforce_eager",
     "engine",
 )
-"""Settings of an engine on which the bits of a response may depend. The number of engines is none
-of them, since each samples whole waves.
+"""Settings of an engine on which the bits of a response may depend. The number of engines is not
+among them, since each engine samples whole waves.
 """
 LINE_EVERY_S = 10.0
 
@@ -45,7 +45,7 @@ LINE_EVERY_S = 10.0
 class AnswerJob:
     """Prompts to answer, and the file with one row for each."""
 
-    name: str  # in the lines about the progress
+    name: str  # shown in the lines about progress
     prompts: Sequence[Prompt]
     decoding: Decoding
     out: Path
@@ -60,16 +60,16 @@ def run_jobs(
     *,
     judged: bool = False,
 ) -> None:
-    """Append the rows that the files lack, one job after the other with the same engines. At the
-    end each file is sorted by its prompts.
+    """Append the missing rows to the files, one job after the other with the same engines. Then put
+    the rows of each file in the order of its prompts.
 
     Args:
         say: prints a line.
-        judged: the rows have the values of the run's reward functions.
+        judged: add the values of the run's reward functions to the rows.
 
     Raises:
-        ConfigError: a file was begun with other settings; nothing was started.
-        Preempted: a signal ended it; the same call continues.
+        ConfigError: a file was begun under other conditions; nothing was started.
+        Preempted: a signal ended the call; the same call continues.
         HybridRLError: a worker failed.
     """
     with ExitStack() as stack:
@@ -93,7 +93,7 @@ def interruptible(jobs: Sequence[AnswerJob], files: Sequence[AnswerFile]) -> Ite
     """Handle stop signals in the block.
 
     Raises:
-        Preempted: one arrived; the message says what is done.
+        Preempted: a signal arrived; the message counts the prompts that are answered.
     """
     try:
         with Preemption(NOTICE).listening() as preemption:
@@ -142,7 +142,7 @@ def prompts_per_wave(model: LoadableModel, decoding: Decoding) -> int:
 
 
 def row_of(answer: Answer) -> dict[str, Any]:
-    """The row of an answer; a reward of a failed call is null."""
+    """The row of an answer; the reward of a failed call is None."""
     row = {
         "uid": answer.prompt.uid,
         "prompt": answer.prompt.question,

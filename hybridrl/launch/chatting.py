@@ -24,11 +24,11 @@ from hybridrl.models.loading import load_tokenizer, model_config
 from hybridrl.settings.run import DataConfig, RunSettings
 
 LONGEST = 8192
-"""Tokens of a conversation with a model whose settings have no rollout.max_model_len, if it has as
-many positions.
+"""Most tokens of a conversation where rollout.max_model_len is not set; a model with fewer positions
+has fewer.
 """
 ANSWER_SHARE = 2
-"""Of these tokens, one half is for an answer if the settings have no rollout.max_new_tokens."""
+"""Half of these tokens are for an answer where rollout.max_new_tokens is not set."""
 HELP = (
     "/reset forgets the conversation, /system TEXT sets the system message, Ctrl-C stops an "
     "answer, Ctrl-D ends"
@@ -62,7 +62,7 @@ class Chat:
         return bool(self.data.chat_template_file or self.tokenizer.chat_template)
 
     def prompt(self, text: str) -> tuple[int, ...]:
-        """The tokens that the model continues, as it reads a row of its data.
+        """The conversation with `text`, rendered as a row of data is, as tokens to continue.
 
         Raises:
             DataError: the template refuses the conversation, or it is too long.
@@ -103,7 +103,7 @@ class Chat:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The verb; returns its exit status.
+    """Run the verb; returns its exit status.
 
     Raises:
         HybridRLError: as find_model; or the engine refuses the settings.
@@ -145,11 +145,11 @@ def temperature_of(settings: RunSettings) -> float:
 
 
 def alone(model: LoadableModel) -> LoadableModel:
-    """The model with lengths, and as the only one of its settings, so that a teacher has its own
+    """The model with lengths, and as the only model of its settings, so that a teacher has its own
     tokenizer and chat template.
 
     Raises:
-        ConfigError: answers may be as long as the model's longest sequence.
+        ConfigError: rollout.max_new_tokens leaves no room for a question.
     """
     config = model.config
     settings = replace(model.settings, model=config)
@@ -176,7 +176,7 @@ def alone(model: LoadableModel) -> LoadableModel:
 
 @contextmanager
 def quiet_start() -> Iterator[None]:
-    """Hold back the output of the block unless it fails, as vLLM writes pages at its start."""
+    """Hold back the output of the block unless it fails, since vLLM prints pages at its start."""
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     sys.stdout.flush()
     sys.stderr.flush()
@@ -200,8 +200,9 @@ def quiet_start() -> Iterator[None]:
 
 @contextmanager
 def held_interrupt() -> Iterator[Event]:
-    """An event that a first Ctrl-C in the block sets, since an exception in the middle of a forward
-    pass could break the engine; a second one raises KeyboardInterrupt.
+    """Yield an event that the first Ctrl-C in the block sets; the next raises KeyboardInterrupt.
+
+    The first one raises nothing, since an exception in a forward pass could break the engine.
     """
     event = Event()
 
@@ -219,8 +220,8 @@ def held_interrupt() -> Iterator[Event]:
 
 @contextmanager
 def kept_from_children() -> Iterator[None]:
-    """Processes that start in the block do not get the terminal's Ctrl-C, at which those of an
-    engine with several devices would end; this process gets it afterwards.
+    """Keep the terminal's Ctrl-C from processes that start in the block. It would end the processes
+    of an engine with several devices. This process gets a Ctrl-C after the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -240,7 +241,7 @@ def converse(
     """Answer each line until the input ends.
 
     Args:
-        seed: of the first answer; each later one has the next number.
+        seed: the seed of the first answer; each later answer has the next number.
         say: prints text, as the function print.
     """
     is_terminal = lines.isatty()
@@ -296,7 +297,7 @@ def answered(
     seed: int,
     say: Callable[..., None],
 ) -> str:
-    """Print an answer while it is sampled; returns its text, also of one that Ctrl-C stopped."""
+    """Print an answer while it is sampled; returns its text, as far as Ctrl-C let it come."""
     pieces = []
     with (
         held_interrupt() as interrupt,

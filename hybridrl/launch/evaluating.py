@@ -27,7 +27,7 @@ from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt
 
 EVALS = "evals"
-"""The folder of a run with the results."""
+"""The folder with the results, in the run directory."""
 COLUMNS = ("set", "problems", "avg@k", "stderr", "pass@k", "k", "tokens", "truncated", "failed")
 
 
@@ -42,7 +42,7 @@ class ProblemSet:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The verb; returns its exit status.
+    """Run the verb; returns its exit status.
 
     Raises:
         HybridRLError: as find_model and evaluate_model.
@@ -68,18 +68,18 @@ def evaluate_model(
     """Answer the problems of the sets, write their rows and statistics, and print a table.
 
     Args:
-        names: of the sets; empty: all of them.
-        out: the folder with a file of rows SET.jsonl and of statistics SET.json for each set; None:
-            one for the model in the folder `evals` of its run.
+        names: the names of the sets; empty: all sets.
+        out: the folder for the rows SET.jsonl and the statistics SET.json of each set; None: a
+            folder for the model in the folder `evals` of its run.
         say: prints a line.
 
     Returns:
-        The statistics by the name of the set, and those of each of data.sources by SET/SOURCE.
+        The statistics by the name of the set, and those of each data source by SET/SOURCE.
 
     Raises:
         ConfigError, DataError: the model, its data or its rewards cannot be used, there is no such
             set, or `out` is missing or has results of other settings; nothing was started.
-        Preempted: a signal ended it; the same call continues.
+        Preempted: a signal ended the call; the same call continues.
     """
     folder = folder_of(model, out)
     sets = problem_sets(model, names)
@@ -117,7 +117,7 @@ def folder_of(model: LoadableModel, out: Path | None) -> Path:
     """The folder of the results.
 
     Raises:
-        ConfigError: it must be named for a model of no run.
+        ConfigError: the model belongs to no run, and `out` is None.
         RunDirectoryError: a part of the run is a link, which a run does not write through.
     """
     if out is not None:
@@ -135,7 +135,7 @@ def problem_sets(model: LoadableModel, names: Sequence[str]) -> list[ProblemSet]
     """The sets of the settings, as the run evaluates them.
 
     Args:
-        names: of the sets; empty: all of them.
+        names: the names of the sets; empty: all sets.
 
     Raises:
         ConfigError: there is no such set; or as load_problems.
@@ -198,8 +198,8 @@ def check_judges(settings: RunSettings, sets: Sequence[ProblemSet]) -> None:
 
 
 def judges_of(settings: RunSettings) -> dict[str, Any]:
-    """What the rewards depend on. The options of a function may contain a key, so their digest
-    replaces them.
+    """The settings and files on which the rewards depend. The options of a function may contain a
+    secret key, so their digest replaces them.
     """
     functions = {
         f"reward.functions.{name}": [
@@ -223,7 +223,7 @@ def values_of(statistics: SetStatistics) -> dict[str, Any]:
 
 
 def finite(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The values with null in the place of NaN, in mappings among them too."""
+    """The values with None in the place of NaN, in nested mappings too."""
     return {name: _finite(value) for name, value in values.items()}
 
 

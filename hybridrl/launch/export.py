@@ -29,15 +29,15 @@ BEST = "best"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """One checkpoint that can be exported, after every check that needs no weights."""
+    """The export of one checkpoint, which has passed every check that needs no weights."""
 
     run_dir: Path
     checkpoint: Checkpoint
     settings: RunSettings
     dtype: str  # of the written weights
     adapter: bool
-    template: Path | None  # of conversations; None: that of the model
-    folder: Path  # where it is written
+    template: Path | None  # the chat template; None: that of the model
+    folder: Path  # to which it is written
 
     @classmethod
     def of(
@@ -59,14 +59,14 @@ class Export:
             step: which checkpoint of the run: a number, or "best" by checkpoint.best. None: the
                 newest one that is not damaged.
             dtype: of the written weights, float32 or bfloat16; None: model.dtype.
-            adapter: the adapters by themselves, in peft's format; false: merged into the model.
+            adapter: write the adapters alone, in peft's format; false: merge them into the model.
 
         Raises:
             RunDirectoryError: `source` holds no run, or a part of it is a link.
             CheckpointError: there is no such checkpoint, or it is damaged.
             ConfigError: `folder` is not empty, or is missing for a checkpoint outside of its run;
                 `step` or `dtype` has no valid value; the run's chat template is gone; or `adapter`
-                of a run without adapters.
+                is set for a run without adapters.
         """
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"--dtype {dtype}: must be {' or '.join(DTYPES)}")
@@ -157,7 +157,7 @@ def kept_template(run_dir: Path, settings: RunSettings) -> Path | None:
 
 
 def _chosen(checkpointer: Checkpointer, step: str | None) -> Checkpoint:
-    """The checkpoint of a step; None: the newest one that is not damaged."""
+    """The checkpoint that `step` names; with None the newest one that is not damaged."""
     folders = checkpointer.folders()
     if not folders:
         raise CheckpointError(
@@ -182,7 +182,12 @@ def _chosen(checkpointer: Checkpointer, step: str | None) -> Checkpoint:
 
 
 def best_folder(checkpointer: Checkpointer, folders: list[Path]) -> Path:
-    """The folder with the best value of checkpoint.best."""
+    """The folder of the checkpoint with the best value of checkpoint.best.
+
+    Raises:
+        ConfigError: the run has no checkpoint.best.
+        CheckpointError: no checkpoint has a value of that metric.
+    """
     metric = checkpointer.config.best
     if metric is None:
         raise ConfigError(

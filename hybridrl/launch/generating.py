@@ -15,12 +15,11 @@ FROM_FILE = (
     "data.path=unused",
     "data.heldout_path=unused",
 )
-"""The data of any run are replaced by the rows of the file, so that data.columns names their keys.
-"""
+"""Overrides that replace the data of a run by the rows of the file; data.columns names their keys."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The verb; returns its exit status.
+    """Run the verb; returns its exit status.
 
     Raises:
         HybridRLError: as find_model and generate.
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 def generate(
     model: LoadableModel, prompts_file: str, out: Path, say: Callable[[str], None] = print
 ) -> None:
-    """Append one row for each prompt to `out`; what is there already is not sampled again.
+    """Append one row for each prompt to `out`; prompts with a row there are not sampled again.
 
     Args:
         prompts_file: as data.path.
@@ -51,7 +50,7 @@ def generate(
 
     Raises:
         ConfigError, DataError: the model, the prompts or `out` cannot be used; nothing was started.
-        Preempted: a signal ended it; the same call continues.
+        Preempted: a signal ended the call; the same call continues.
     """
     settings = model.settings
     data = settings.data

@@ -33,8 +33,8 @@ REPLACED = (
     "added_tokens.json",
     "tokenizer.model",
 )
-"""Files of an earlier upload that a loader reads, and that this one may not have. They are removed,
-as they would be taken for parts of the new model; the hub's history retains them.
+"""Files that a loader reads and that an earlier upload may have but this one may lack. They are
+removed, as a loader would take them for parts of the new model; the hub's history retains them.
 """
 
 
@@ -47,7 +47,7 @@ class HubUpload:
 
     repo: str  # OWNER/NAME
     public: bool = False
-    message: str | None = None  # of the commit; None: one that names the step
+    message: str | None = None  # the commit message; None: one that names the step
     api: HfApi = field(default_factory=HfApi)
 
     @classmethod
@@ -57,7 +57,7 @@ class HubUpload:
         """The upload that the options of the command describe; None: there is no --push.
 
         Raises:
-            ConfigError: an option without --push, or the name of no repository.
+            ConfigError: an option needs --push, or `repo` is not the name of a repository.
         """
         if repo is None:
             if public or message is not None:
@@ -69,7 +69,7 @@ class HubUpload:
         return upload
 
     def check_name(self) -> None:
-        """Raises ConfigError unless the repository is named as OWNER/NAME, as the hub allows it."""
+        """Raises ConfigError unless the repository has a name OWNER/NAME that the hub allows."""
         rule = ""
         try:
             validate_repo_id(self.repo)
@@ -83,11 +83,11 @@ class HubUpload:
 
     def prepare(self) -> None:
         """Make the repository unless it exists. Only that shows whether the token may write, so it
-        precedes an export of minutes.
+        precedes an export, which may take minutes.
 
         Raises:
-            ConfigError: offline mode is on, there is no token, or the existing repository is not as
-                public, or as private, as --public says.
+            ConfigError: offline mode is on, there is no token, the token may only read, or an
+                existing repository is public and --public is not given, or private and it is.
             HubError: the hub refuses the token or the repository, or does not answer.
         """
         if constants.is_offline_mode():
@@ -113,7 +113,7 @@ class HubUpload:
                 self.api.create_repo(self.repo, private=not self.public, exist_ok=True)
 
     def _exists(self) -> bool:
-        """Whether the repository exists, as public or private as --public says.
+        """Whether the repository exists; it must be public if --public is given, else private.
 
         Raises:
             ConfigError: it exists and is not.
@@ -189,7 +189,7 @@ class HubUpload:
 
 
 def _refusal(error: BaseException | None) -> HfHubHTTPError | None:
-    """The answer of the hub that an error, or one of its causes, is about."""
+    """The hub's refusal: the error itself or one of its causes; None: the hub did not refuse."""
     while error is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
     return error
@@ -209,17 +209,17 @@ def export_with_card(
     adapter: bool,
     upload: HubUpload | None,
 ) -> Iterator[str]:
-    """Export a checkpoint and its model card, and upload both; yields the folder, and the address
-    on the hub.
+    """Export a checkpoint with its model card and, where `upload` is given, upload both; yields the
+    folder, and the address on the hub.
 
     Args:
-        source, folder, step, dtype, adapter: as of Export.of.
-        upload: where to; None: nowhere. The hub is asked before anything is written.
+        source, folder, step, dtype, adapter: as in Export.of.
+        upload: the repository, which is checked before anything is written; None: no upload.
 
     Raises:
         ConfigError, CheckpointError, RunDirectoryError: as Export.of and Export.write.
-        DataError: an upload of a run whose metrics are damaged. Without one, the export then has no
-            card, which stderr says.
+        DataError: the metrics of the run are damaged, and there is an upload. Without an upload,
+            the export has no card then, and stderr says so.
         HubError: as HubUpload.
     """
     export = Export.of(source, folder, step=step, dtype=dtype, adapter=adapter)
@@ -247,12 +247,12 @@ def export_with_card(
 
 
 def folder_licence(model: ModelConfig) -> str | None:
-    """The licence in the card of the folder that training started from; None: it states none."""
+    """The licence in the model card of the start model's folder; None: it states none."""
     path = resolve(model.path, model.revision, files=TEXT_FILES) / "README.md"
     if not path.is_file():
         return None
     try:
         stated = ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
-    except (OSError, ValueError):  # of somebody else; a card without usable front matter
+    except (OSError, ValueError):  # somebody else's card, without usable front matter
         return None
     return stated if isinstance(stated, str) else None

@@ -1,4 +1,4 @@
-"""rollout.max_new_tokens and rollout.max_model_len, proposed by the data and the model."""
+"""Proposals for rollout.max_new_tokens and rollout.max_model_len, from the data and the model."""
 
 import math
 import sys
@@ -26,7 +26,7 @@ class Needs:
     """The numbers of tokens that the data needs, special ones included."""
 
     prompt: int  # of the longest prompt
-    row: str  # of the data, with the longest prompt
+    row: str  # the row of the data that has the longest prompt
     whole: int  # of the longest prompt with its response
     answer: int  # of the longest response or reference answer; 0: the data has none
 
@@ -49,10 +49,10 @@ def check_lengths(
     """Refuse settings in which one of the two lengths is missing, with a proposal for both.
 
     Args:
-        teachers: as of tokenize.
+        teachers: as in tokenize.
 
     Raises:
-        ConfigError: one is missing.
+        ConfigError: one is missing; proposes values for both.
         DataError: as tokenize.
     """
     given = {
@@ -102,7 +102,7 @@ def measure(
     )
     responses = [max(map(len, prompt.responses), default=0) for prompt in prompts]
     answers = [
-        len(tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]) + 1  # and its end
+        len(tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]) + 1  # its end token
         for prompt in prompts
         if prompt.answer is not None
     ]
@@ -118,12 +118,12 @@ def measure(
 def propose(
     needs: Needs, positions: float, max_new_tokens: int | None, max_model_len: int | None
 ) -> Lengths:
-    """Lengths for every row and twice the longest answer, as far as the model has positions.
+    """Lengths that hold every row and twice the longest answer, as far as the model has positions.
 
     Args:
-        positions: of the model; infinity: it has no limit.
-        max_new_tokens: the setting; None: propose it. One that leaves no room for a prompt is
-            proposed anew.
+        positions: those of the model; infinity: it has no limit.
+        max_new_tokens: the setting; None: propose it. A value that leaves no room for a prompt is
+            replaced by a proposal.
         max_model_len: the setting; None: propose it.
     """
     limit = positions if max_model_len is None else min(positions, max_model_len)
