@@ -24,8 +24,8 @@ from hybridrl.models.loading import load_tokenizer, model_config
 from hybridrl.settings.run import DataConfig, RunSettings
 
 LONGEST = 8192
-"""Most tokens of a conversation where rollout.max_model_len is not set; a model with fewer positions
-has fewer.
+"""Most tokens of a conversation where rollout.max_model_len is not set; fewer where the model has
+fewer positions.
 """
 ANSWER_SHARE = 2
 """Half of these tokens are for an answer where rollout.max_new_tokens is not set."""

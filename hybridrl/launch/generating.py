@@ -15,7 +15,7 @@ FROM_FILE = (
     "data.path=unused",
     "data.heldout_path=unused",
 )
-"""Overrides that replace the data of a run by the rows of the file; data.columns names their keys."""
+"""Overrides that replace a run's data by the rows of the file; data.columns names their keys."""
 
 
 def main(arguments: Sequence[str]) -> int:

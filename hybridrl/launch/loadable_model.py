@@ -7,8 +7,7 @@
     /models/x, OWNER/NAME, builtin:NAME  any value of model.path, with the default settings or,
                                       by --settings, with those of a run or a file
 
-All of these become a folder that vLLM loads. A run with adapters is loaded with the adapters in its
-weights.
+All of these become a folder that vLLM loads. The adapters of a run are merged into its weights.
 """
 
 import logging
@@ -63,12 +62,12 @@ as nothing is trained.
 """
 
 NO_MODEL = "unused"
-"""As model.path: the settings are of no model."""
+"""The value of model.path in settings that belong to no model."""
 
 
 def model_parser(verb: str, description: str) -> ArgumentParser:
-    """The arguments of a verb about a model: source, overrides, step, teacher and settings. Use
-    parse_intermixed_args, so that overrides may stand before and after the options.
+    """A parser for the arguments of a verb about a model: source, overrides, step, teacher and
+    settings. Use parse_intermixed_args, so that overrides may stand before and after the options.
     """
     parser = ArgumentParser(prog=f"hybridrl {verb}", description=description)
     parser.add_argument(
@@ -88,8 +87,8 @@ class Place:
     """Where the model of a command is."""
 
     run_dir: Path | None  # None: it belongs to no run
-    step: str | None  # of the run, or BEST; None: the newest, or `folder` has it
-    folder: str | None  # as model.path; None: a checkpoint of the run
+    step: str | None  # a step of the run, or BEST; None: the newest one, or the one in `folder`
+    folder: str | None  # a value of model.path; None: the model is a checkpoint of the run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,16 +101,16 @@ class LoadableModel:
 
     name: str
     settings: RunSettings
-    """The settings of the run with those of the command, where model.path names the student's
-    folder and there are no adapters.
+    """The settings of the run with the overrides of the command. model.path is the folder of the
+    student, and there are no adapters.
     """
     teacher: str | None  # None: it is the student
     run_dir: Path | None  # None: it belongs to no run
-    step: int | None  # None: it is no checkpoint of a run
+    step: int | None  # of the checkpoint; None: the model is no checkpoint of a run
 
     @property
     def config(self) -> ModelConfig:
-        """What an engine loads."""
+        """The model that an engine loads."""
         if self.teacher is None:
             return self.settings.model
         return self.settings.teacher_model(self.teacher)
@@ -123,16 +122,16 @@ class LoadableModel:
 
     @property
     def device(self) -> str:
-        """On which the engines are expected to run: cpu or cuda."""
+        """The device on which the engines are expected to run: cpu or cuda."""
         return "cuda" if on_gpu(self.settings) else "cpu"
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of prompts and responses; a teacher's responses are in the student's."""
+        """The tokenizer of prompts and responses: the student's, also for a teacher."""
         model = self.settings.model
         return load_tokenizer(model.path, model.revision, eos=model.eos)
 
     def prompts(self, problems: Sequence[Problem]) -> list[Prompt]:
-        """The problems as the model reads them in its run: rendered, tokenized and checked.
+        """The prompts as the model reads them in its run: rendered, tokenized and checked.
 
         Raises:
             ConfigError: a length is not set, with a proposal; or as tokenize.
@@ -186,9 +185,9 @@ def find_model(
     """The model that a command names. A checkpoint without an export is exported into its run.
 
     Args:
-        source: as in the head of this file.
+        source: one of the forms at the top of this file.
         overrides: KEY=VALUE, on top of the settings that belong to the model.
-        step: of a checkpoint, or BEST; None: the newest.
+        step: the step of a checkpoint, or BEST; None: the newest.
         teacher: name of a teacher of the run; None: the student.
         settings_of: a run or a YAML file with the settings of a model that belongs to no run; None:
             the defaults.
@@ -346,11 +345,11 @@ def with_kept_template(
 def of_folder(
     settings: RunSettings, folder: str, overrides: Sequence[str], *, is_students: bool
 ) -> RunSettings:
-    """The settings with another folder as the student. A revision and an end token that belong to
-    the model of the settings are left out for another model, unless the overrides set them.
+    """The settings with `folder` as the student. If that is another model than the settings name,
+    their revision and end token are left out, unless the overrides set them.
 
     Args:
-        is_students: the folder is of that model after training.
+        is_students: the folder holds the model of the settings after training.
 
     Raises:
         ConfigError: there is no such model.
@@ -407,11 +406,10 @@ def check_teacher(settings: RunSettings, teacher: str, source: str) -> None:
 
 
 def run_model_folder(run_dir: Path, step: str | None) -> Path:
-    """A checkpoint of a run as a model folder, which is exported first if necessary; absolute.
+    """The absolute path of a run's checkpoint as a model folder; exports it first if necessary.
 
     Args:
-        step: a number, or BEST by checkpoint.best; None: the newest checkpoint, or export where
-            that is newer.
+        step: a number, or BEST by checkpoint.best; None: the newest of all checkpoints and exports.
 
     Raises:
         CheckpointError: there is none, none of that step, or it is damaged.
@@ -457,7 +455,7 @@ def export_label(folder: Path) -> str:
 
 
 def model_folder(source: str, *, step: str | None = None, teacher: str | None = None) -> Path:
-    """The folder of the model that a command names, where nothing else of its settings is needed.
+    """The folder of the model that a command names, for a caller that needs none of its settings.
 
     Raises:
         ConfigError, CheckpointError, RunDirectoryError: as find_model.

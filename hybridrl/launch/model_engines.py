@@ -25,10 +25,10 @@ class ModelEngines:
 def started_engines(
     model: LoadableModel, log_dir: str, say: Callable[[str], None], *, judged: bool
 ) -> Iterator[ModelEngines]:
-    """rollout.engines engines with the model, until the end of the block.
+    """Start rollout.engines engines with the model; they end with the block.
 
     Args:
-        log_dir: of one file for each worker.
+        log_dir: the folder with one log for each worker.
         say: prints a line about each worker that is up.
         judged: also start reward.workers workers, with reward.gpus each.
 

@@ -30,8 +30,9 @@ def start_notice(
     """The line that the console prints before workers start.
 
     Args:
-        kept: they are those of the job before.
-        levels: of the teachers, which it has measured; None: it has measured others.
+        kept: the workers of the job before, which are used again; None: all workers start.
+        levels: the teachers' accuracies, where the job before has measured the same; None: it has
+            not.
     """
     start = "starting workers" if kept is None else "going on with the workers of the job before"
     known = checkpoint or (kept and levels)

@@ -10,7 +10,7 @@ from hybridrl.settings.choices import Device
 from hybridrl.settings.run import RunSettings
 
 H100_GIB = 79
-"""Of its 80 GB, what a process can use."""
+"""GiB that a process can use of an H100 with 80 GB."""
 
 
 def planned_device(settings: RunSettings) -> tuple[str, int]:
@@ -46,8 +46,8 @@ def check_memory(settings: RunSettings, device: str) -> None:
         device: of the cluster, cpu or cuda.
 
     Raises:
-        ConfigError: as planning.fit.check_fit, and names the setting that starts the run all the
-            same.
+        ConfigError: as planning.fit.check_fit; the message adds the setting that turns this check
+            off.
     """
     if device == "cpu" or not settings.cluster.check_memory:
         return

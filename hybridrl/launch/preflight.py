@@ -56,7 +56,7 @@ ENGINE_REMEDY = f"{ENGINE_GAP:g}; look for a kernel of vLLM that is not determin
 
 
 def models_in_use(settings: RunSettings) -> dict[str, tuple[str, str | None]]:
-    """(path, revision) of every model that the workers of a run load, by the setting for it."""
+    """(path, revision) of every model that a run uses, by the setting that names it."""
     models = {"model.path": (settings.model.path, settings.model.revision)}
     for name in settings.teachers_in_use:
         teacher = settings.teacher_model(name)
@@ -70,8 +70,8 @@ def models_in_use(settings: RunSettings) -> dict[str, tuple[str, str | None]]:
 def check_models(settings: RunSettings) -> None:
     """Refuse a model that is incomplete, or cannot read the sequences of the run.
 
-    Only the headers of the weights are read. Quantised weights are not checked, which only the
-    engine of a teacher reads: their names and shapes are those of the quantisation.
+    Only the headers of the weights are read. Quantised weights, which only the engine of a teacher
+    reads, are not checked, since quantisation gives them other names and shapes.
 
     Raises:
         ConfigError: as load_outline; or the model has fewer positions than rollout.max_model_len;
@@ -109,7 +109,7 @@ def check_model(
     """Refuse a model that is incomplete or has too few positions; returns its config.
 
     Args:
-        setting: that names it.
+        setting: the setting that names the model.
         max_model_len: rollout.max_model_len; None: it is not known yet.
         weights_of_engine: only an engine reads the weights, so that they may be quantised.
 
@@ -144,7 +144,7 @@ def check_engines(settings: RunSettings, device: str) -> None:
     """Refuse a model that the engines of this run cannot serve.
 
     Args:
-        device: on which the engines will run, cpu or cuda.
+        device: the device on which the engines will run, cpu or cuda.
 
     Raises:
         ConfigError: vLLM's CPU engine has no kernel for the size of its attention heads.
@@ -177,8 +177,8 @@ def check_attention(settings: RunSettings, device: str) -> None:
     """Refuse model.attention=flash_attention_2 where its kernel does not run.
 
     Args:
-        settings: with a dtype in the place of auto.
-        device: on which the models will run, or are expected to, cpu or cuda.
+        settings: those of the run, with auto replaced by a dtype.
+        device: the device on which the models will run or are expected to run, cpu or cuda.
 
     Raises:
         ConfigError: the device is a CPU, the package flash-attn is missing, or a model computes in
@@ -213,12 +213,12 @@ def check_token_ids(
 ) -> None:
     """Refuse data with a token for which one of the models has no row of embeddings.
 
-    A tokenizer may have more tokens than its model has rows, as that of Gemma 3 has one for images.
+    A tokenizer may have more tokens than its model has rows: that of Gemma 3 has one for images.
     That is harmless as long as no prompt and no response contains such a token.
 
     Args:
         tokenizer: the student's.
-        prompts: of training and of evaluation.
+        prompts: those of training and of evaluation.
 
     Raises:
         ConfigError: names the token, the prompt and the model.
@@ -338,7 +338,7 @@ def check_templates(
 ) -> None:
     """Refuse a teacher whose chat template formats a conversation of the data differently.
 
-    Compared are the first conversation of each sequence of roles, with tools and without. If
+    The first conversation of each sequence of roles is compared, with tools and without. If
     data.chat_template_file is set, it is used for all models, so a different template of a teacher
     only causes a warning. A teacher without a template is accepted.
 
@@ -413,10 +413,9 @@ def check_end_of_turn(
 ) -> None:
     """Warn if generation does not stop at the token that ends a turn in the chat template.
 
-    With model.eos it stops there, and the data's responses end with that token too.
-
     A student that learns from the data's responses writes this token after its answer, and the
-    engine would continue to sample.
+    engine would continue to sample. With model.eos nothing is checked: it names the token at which
+    the engine stops and with which the data's responses end.
 
     Args:
         tokenizer: the student's.
@@ -491,7 +490,7 @@ def check_running(settings: RunSettings, workers: Workers, prompts: Sequence[Pro
 
 
 def probe_prompts(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The first few prompts, and for each routed teacher the first prompt that it scores."""
+    """The first prompts, and for each routed teacher the first prompt that it scores."""
     routes = [settings.teachers[name].route for name in settings.scored_teachers]
     routed = [next((p for p in prompts if takes(route, p.columns)), prompts[0]) for route in routes]
     return list({p.uid: p for p in [*prompts[:PROBE_PROMPTS], *routed]}.values())
@@ -506,7 +505,7 @@ def check_repeats(
     """Compare the two answers of each replica for the same batch, bit by bit.
 
     Args:
-        scorer: the workers that answered; None: those of the teacher alone.
+        scorer: the name of the workers that answered; None: the teacher's own scorers.
 
     Raises:
         ContractError: names the first replica whose answers differ.
@@ -529,12 +528,12 @@ def check_gaps(
     max_gap: float,
     limit: str,
 ) -> None:
-    """Compare the drawn tokens' log-probs in two answers of each replica, for a teacher in a server
-    or an engine, whose batches may differ.
+    """Compare the drawn tokens' log-probs in two answers of each replica, for a teacher on a server
+    or in an engine, where the batches of the two answers may differ.
 
     Args:
-        max_gap: nats, of the mean difference over the tokens.
-        limit: that, and the remedy, for the error.
+        max_gap: the largest mean |difference| over the tokens, in nats.
+        limit: `max_gap` and the remedy, as the error states them.
 
     Raises:
         ContractError: names the first replica whose answers differ by more than `max_gap` nats.

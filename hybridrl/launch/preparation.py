@@ -83,7 +83,7 @@ def check_routes(
     but judged by no reward function.
 
     Raises:
-        ConfigError: names the first of them.
+        ConfigError: names the first such route or row.
     """
     for name in settings.scored_teachers:
         check_taken(f"teachers.{name}", settings.teachers[name].route, prompts)
@@ -141,7 +141,7 @@ def prepare_prompts(settings: RunSettings) -> tuple[list[Prompt], list[Prompt]]:
         )
         for problems in (train_problems, heldout_problems)
     )
-    prompt_cursor(train_prompts, settings.run.seed, settings.data.weights)  # a source may be empty
+    prompt_cursor(train_prompts, settings.run.seed, settings.data.weights)  # refuses empty sources
     check_token_ids(settings, tokenizer, [*train_prompts, *heldout_prompts])
     check_served_teachers(settings, tokenizer, train_problems, train_prompts)
     return train_prompts, heldout_prompts

@@ -23,7 +23,7 @@ class ExitReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """Metrics and files of a run that has all of its steps, or that on_step ended.
+    """Metrics and files of a run that has done all of its steps, or that on_step ended.
 
     Example: result.metrics["eval/accuracy"] is 0.56 and result.export is
     Path("/runs/a/export/step_000100").
@@ -40,11 +40,11 @@ class RunResult:
     report: Path | None
     """report.html; None: it could not be written, which the console says"""
     accuracy_before: float | None
-    """of the run's first evaluation on the held-out problems; None: there was none"""
+    """held-out accuracy in the run's first evaluation; None: there was none"""
     accuracy_after: float | None
-    """of its last one; None: it had fewer than two"""
+    """held-out accuracy in its last evaluation; None: there were fewer than two"""
     teacher_accuracy: Mapping[str, float]
-    """by the teacher's name, for teachers that were measured"""
+    """held-out accuracy by the teacher's name, for teachers that were measured"""
 
 
 def run_result(run_dir: Path, exported: Path | None, reason: ExitReason) -> RunResult:

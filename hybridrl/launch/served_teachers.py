@@ -1,4 +1,4 @@
-"""Checks of the servers of teachers, before any worker starts.
+"""Checks of the servers that run teachers, before any worker starts.
 
 Each server can be reached, has the model, reads sequences as long as the run's, reports log-probs
 of the student's tokens, and gives the same answer twice; all servers of a teacher give the same
@@ -31,7 +31,7 @@ from hybridrl.teachers.served import addresses, served_model
 from hybridrl.types import Prompt
 
 RETRY_S = 5.0
-"""Upper limit of served.retry_s here: a server that is not up is reported soon."""
+"""Upper limit of served.retry_s in these checks, so that a server that is down is reported soon."""
 BLOCK = 4096
 """Tokens that a server decodes in one request."""
 SHOWN = 30
@@ -40,12 +40,12 @@ SHOWN = 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What the servers of a run are tested with."""
+    """The data with which the servers of a run are tested."""
 
     sequences: tuple[tuple[int, ...], ...]  # prompts
     tokenizer: PreTrainedTokenizerBase  # the student's
-    student: str  # its setting and path
-    rows: int  # of its output head
+    student: str  # the student's setting and path, for messages
+    rows: int  # rows of the student's output head
     length: int  # tokens of the longest sequence
 
 
@@ -59,8 +59,8 @@ def check_served_teachers(
 
     Args:
         tokenizer: the student's.
-        problems: of training.
-        prompts: the same, tokenized.
+        problems: the training problems.
+        prompts: the same problems, tokenized.
 
     Raises:
         ConfigError: one sentence about the first fault, with the setting and the address.
@@ -86,7 +86,7 @@ def check_tokenizer(
     template formats a conversation of the data differently.
 
     Raises:
-        ConfigError: it is not a tokenizer, or the first difference.
+        ConfigError: the folder has no tokenizer; or names the first difference.
     """
     path = settings.teachers[name].served.tokenizer
     if path is None:
@@ -152,7 +152,7 @@ async def tested(
     """The log-probs of the probe's sequences, from a server that passes every test.
 
     Raises:
-        ConfigError: it fails one.
+        ConfigError: the server fails a test.
         ServerError: it cannot be reached, does not have the model, or refuses a request.
     """
     async with client:

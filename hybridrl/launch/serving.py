@@ -35,18 +35,20 @@ class ServeCommand:
     host: str = "127.0.0.1"
     port: int = PORT
     arguments: tuple[str, ...] = ()
-    """further ones of vLLM"""
+    """further arguments of vLLM"""
 
 
 def serve(command: ServeCommand, device: str) -> int:
-    """Replace this process by the server; it returns only if that fails.
+    """Replace this process by the server; never returns.
 
     Args:
-        command: the arguments for vLLM in it override those of server_command.
+        command: its arguments for vLLM override those of server_command.
         device: cpu or cuda.
 
     Raises:
-        ConfigError: the port is in use, which vLLM would notice only after loading the model.
+        ConfigError: the port is in use, which vLLM would notice only after loading the model; or as
+            model_folder.
+        CheckpointError, RunDirectoryError: as model_folder.
     """
     check_free(command.host, command.port)
     folder = model_folder(command.source, step=command.step, teacher=command.teacher)
@@ -82,7 +84,7 @@ def server_command(folder: Path, command: ServeCommand, device: str) -> list[str
     """The command line of the server.
 
     Args:
-        folder: the model.
+        folder: the folder of the model.
     """
     line = [sys.executable, "-m", SERVER, "--model", str(folder)]
     line += ["--served-model-name", folder.name]
@@ -90,10 +92,10 @@ def server_command(folder: Path, command: ServeCommand, device: str) -> list[str
     config = model_config(str(folder))
     if getattr(config, "dtype", None) == torch.float32:
         line += ["--dtype", "float32"]  # vLLM would round the weights to 16 bits
-    if device == "cpu":  # the longest sequence is what fits into this cache
+    if device == "cpu":  # the longest sequence is as long as fits into this cache
         line += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES), "--enforce-eager"]
         line += ["--max-model-len", "auto"]
-    if is_wrongly_tied(str(folder)):  # vLLM would tie what the files hold as two
+    if is_wrongly_tied(str(folder)):  # vLLM would tie two matrices of the files
         line += ["--hf-overrides", json.dumps({"tie_word_embeddings": False})]
     return [*line, *command.arguments]
 

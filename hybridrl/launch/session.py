@@ -93,8 +93,8 @@ def train(
             start and end with the call.
 
     Raises:
-        HybridRLError: what went wrong, in one sentence; no process is left running.
-        Exception: as on_step raised it, after a checkpoint; no process is left running.
+        HybridRLError: the run failed, for the reason in its message; no process is left running.
+        Exception: the one that on_step raised, after a checkpoint; no process is left running.
     """
     holder = WarmWorkers() if warm is None else warm
     began = time.monotonic()
@@ -112,7 +112,7 @@ def train(
         checkpoint = find_checkpoint(settings, run_dir, inputs)
         keep_template(settings, run_dir)
         console, sinks = stack.enter_context(started_sinks(settings, run_dir, checkpoint))
-        preemption.check()  # an optional sink swallows an exception, the signal's too
+        preemption.check()  # an optional sink swallows exceptions, that of a signal too
         stack.enter_context(naming_what_is_saved(settings, run_dir))
         if settings.diagnostics.trace:
             stack.callback(write_trace, run_dir)
@@ -128,7 +128,7 @@ def train(
         cluster = connect(settings, holder, preemption, stack)
         check_attention(settings, cluster.device)
         check_engines(settings, cluster.device)
-        if expected != cluster.device:  # only the cluster has GPUs
+        if expected != cluster.device:  # the cluster has GPUs, this machine has none
             check_memory(settings, cluster.device)
         session = Session(
             settings=settings,
@@ -160,15 +160,15 @@ def train(
             warm.keep(settings, inputs, run_dir, session.slots, controller.workers)
     result = run_result(run_dir, exported, reason)
     if warm is not None:
-        preemption.check()  # it came after the last step: the run is finished, and no other begins
+        preemption.check()  # a signal after the last step: the run is finished, no other begins
     return result
 
 
 def connect(
     settings: RunSettings, holder: WarmWorkers, preemption: Preemption, stack: ExitStack
 ) -> Cluster:
-    """The cluster of the holder, which is connected if it is not yet. Stop signals are handled by
-    `preemption` until the stack ends: Ray replaces the handlers at its start.
+    """The cluster of the holder, which is connected if it is not yet. Ray replaces the handlers of
+    signals at its start, so `preemption` takes them over again, until the stack ends.
 
     Raises:
         PlacementError, ConfigError: as Cluster.
@@ -181,7 +181,7 @@ def connect(
 def connect_anew(
     settings: RunSettings, holder: WarmWorkers, preemption: Preemption, stack: ExitStack
 ) -> Cluster:
-    """As `connect`, after the end of all workers and of this process's own Ray."""
+    """End all workers and this process's own Ray, and return a new cluster as `connect` does."""
     holder.close()
     return connect(settings, holder, preemption, stack)
 
@@ -199,8 +199,8 @@ def exit_reason(settings: RunSettings, controller: Controller, first: int) -> Ex
 
 @dataclass(slots=True, kw_only=True)
 class Session:
-    """Training in one job. When a worker fails whose state no other holds, the session goes back to
-    the last checkpoint.
+    """Training in one job. When a worker fails whose state no other worker has, the session goes
+    back to the last checkpoint.
 
     consumes prompts / produces a trained student and its run directory / waits for the controller /
     unblocked by its end, and by a worker's error: then a new attempt begins, at most
@@ -238,11 +238,12 @@ class Session:
         *,
         keeps: bool,
     ) -> Workers:
-        """As start_workers, but without `kept` if one of these workers was lost since their job.
+        """As start_workers, but with new workers if one of `kept` was lost since its job.
 
         Args:
-            anew: ends what is left of them, and returns a cluster for others.
-            keeps: a later job may have the workers, so a new learner keeps what it begins with.
+            kept: as in start_workers.
+            anew: ends the remaining workers of `kept`, and returns a cluster for new ones.
+            keeps: a later job may use the workers, so a new learner keeps its first weights.
 
         Raises:
             WorkerError, ContractError: as start_workers.
@@ -264,7 +265,7 @@ class Session:
         """Start and check all workers. If the run begins here, its teachers are measured meanwhile.
 
         Args:
-            kept: workers of the job before, which become those of this one; None: all start.
+            kept: workers of the job before, which this one goes on with; None: all start anew.
 
         Raises:
             WorkerError: a worker could not be built, or did not answer in time.
@@ -311,7 +312,7 @@ class Session:
                     workers = self.recover(workers, last_error)
                     checkpoint = self.go_back()
                 return self.attempt(workers, checkpoint)
-            except WorkerError as error:  # others are replaced without a new attempt
+            except WorkerError as error:  # others are replaced within the attempt
                 if isinstance(error, WorkerTimeout):
                     dump_stacks()
                 step = self.steps_done
@@ -332,9 +333,7 @@ class Session:
         return recover(self.settings, self.cluster, self.slots, workers, error, self.log_dir)
 
     def go_back(self) -> Checkpoint | None:
-        """The newest checkpoint, regardless of run.resume, which applied only to the first
-        attempt.
-        """
+        """The newest checkpoint. run.resume is ignored: it applies to the first attempt alone."""
         resumed = replace(self.settings, run=replace(self.settings.run, resume=Resume.auto))
         checkpoint = find_checkpoint(resumed, self.run_dir, self.inputs)
         self.sinks.start(run_info(self.settings, self.run_dir, checkpoint))
@@ -373,20 +372,19 @@ class Session:
         return controller
 
     def check_ledger(self, checkpoint: Checkpoint) -> None:
-        """Print a notice if the ledger does not account for every prompt up to the checkpoint. It
-        is a record: the run goes on without it.
+        """Print a notice if the ledger does not account for every prompt up to the checkpoint. The
+        run goes on, since the ledger is only a record.
 
         Raises:
-            CheckpointError: the checkpoint's data cursor has another form than that of this
-                version.
-            DataError: it is of data sources with other names.
+            CheckpointError: the checkpoint's data cursor has another form than this version writes.
+            DataError: the cursor belongs to data sources with other names.
         """
         try:
             cursor = checkpoint.state.parts["pipeline"]["prompts"]
             check_cursor(self.run_dir, self.prompts, cursor)
             drawn = drawn_uids(self.prompts, self.settings.run.seed, cursor)
             check_ledger(self.run_dir, checkpoint.state.step, drawn)
-        except DataError:  # of sources with other names, which its message says
+        except DataError:  # a ValueError too, which the next clause would rename
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
@@ -443,8 +441,8 @@ def make_sinks(settings: RunSettings) -> tuple[ConsoleSink, Sinks]:
 def started_sinks(
     settings: RunSettings, run_dir: Path, checkpoint: Checkpoint | None
 ) -> Iterator[tuple[ConsoleSink, Sinks]]:
-    """The console and all sinks, which continue what they have of the run. At the end of the block
-    they are closed, with status 1 if it ends by an exception.
+    """Start the console and all sinks, which continue what they recorded of the run. The end of the
+    block closes them, with status 1 if it ends by an exception, else 0.
     """
     console, sinks = make_sinks(settings)
     status = 1
@@ -477,7 +475,7 @@ def export_model(
         first: the steps that were done when this session began.
 
     Returns:
-        The folder; None: checkpoint.export is off.
+        The folder; None: there is none, since checkpoint.export is off.
     """
     folder = run_dir / EXPORT / f"step_{controller.steps_done:06d}"
     if settings.checkpoint.export and not (folder.exists() and controller.steps_done == first):

@@ -124,7 +124,7 @@ def warn_of_trained(sets: Sequence[HeldOutSet], prompts: Sequence[Prompt]) -> No
     """Log how many problems of each set are training prompts too.
 
     Args:
-        prompts: of training.
+        prompts: those of training.
     """
     if not sets:
         return

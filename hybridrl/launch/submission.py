@@ -21,7 +21,7 @@ NUMBER = "${hydra:job.num}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """What `hybridrl submit` is given."""
+    """The options and settings of one `hybridrl submit`."""
 
     address: str | None
     id: str | None
@@ -30,14 +30,14 @@ class Submission:
     variables: dict[str, str]
     wait: bool
     config: str | None
-    """a YAML file of settings in `folder`, below the overrides"""
+    """a YAML file of settings in `folder`; the overrides take precedence over it"""
     overrides: list[list[str]]
-    """of each job"""
+    """the overrides of each job"""
 
 
 def submit(arguments: Sequence[str]) -> int:
-    """Submit a job, or the jobs of a sweep one after another, and wait for their ends; returns the
-    exit status of the last job that failed, else 0.
+    """Submit a job, or the jobs of a sweep one after another, each after the end of the one before
+    unless --no-wait is given; returns the exit status of the last job that failed, else 0.
 
     Raises:
         ConfigError: a setting is wrong, or the cluster refuses the job.
@@ -58,9 +58,11 @@ def submit(arguments: Sequence[str]) -> int:
 
 
 def parsed(arguments: Sequence[str]) -> Submission:
-    """Raises:
-    ConfigError: an option or an override is not of its form, or the file of settings is not in the
-        folder that is sent.
+    """The submission that the arguments describe.
+
+    Raises:
+        ConfigError: an option or an override is malformed, or the file of settings is not in the
+            folder that is sent.
     """
     parser = argparse.ArgumentParser(
         prog="hybridrl submit",
@@ -131,7 +133,11 @@ def in_folder(config: Path, folder: Path) -> str:
 
 
 def variables(given: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Raises: ConfigError: one is not NAME=VALUE, or is a secret."""
+    """(name, value) of each --env.
+
+    Raises:
+        ConfigError: one is not NAME=VALUE, or is a secret.
+    """
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
@@ -148,7 +154,7 @@ def settings_of(job: Submitted) -> tuple[str | None, list[str]]:
     """The file of settings and the overrides of a job that was submitted by `hybridrl submit`.
 
     Raises:
-        ConfigError: it is another command.
+        ConfigError: its command is not `hybridrl train`.
     """
     words = shlex.split(job.command)
     if len(words) < 3 or words[1] != TRAIN[1] or Path(words[0]).name != TRAIN[0]:
@@ -162,7 +168,7 @@ def check(overrides: Sequence[str], config: Path | None = None) -> None:
     """Refuse settings with which the job would fail, as far as this machine can tell.
 
     Args:
-        config: the file below the overrides.
+        config: the file of settings over which the overrides take precedence; None: there is none.
 
     Raises:
         ConfigError: a setting is wrong, or run.dir would be lost with the job.
@@ -179,8 +185,9 @@ def check(overrides: Sequence[str], config: Path | None = None) -> None:
 
 @contextmanager
 def placeholders(texts: Sequence[str]) -> Iterator[None]:
-    """Within the block, variables to which ${oc.env:NAME} refers in these texts and that are set on
-    the cluster alone have a value. It is an absolute path, as run.dir may begin with one of them.
+    """Set, within the block, the variables to which ${oc.env:NAME} in these texts refers and that
+    this environment lacks, since they may be set on the cluster. The value is an absolute path, as
+    run.dir may begin with such a variable.
     """
     names = re.findall(r"\$\{oc\.env:(\w+)\}", " ".join(texts))
     missing = [name for name in dict.fromkeys(names) if name not in os.environ]

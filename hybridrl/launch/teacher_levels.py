@@ -32,9 +32,9 @@ def teachers_left_out(settings: RunSettings) -> list[str]:
 def place_of(settings: RunSettings, slots: Slots, name: str) -> tuple[RunSettings, Slot]:
     """The settings of the engine that samples a teacher, and its place.
 
-    A teacher that an engine scores is sampled by one with the same arguments, in the place of that
-    engine, which has as many GPUs; every other one by those of rollout, in the place of one of the
-    student's.
+    A teacher that an engine scores is sampled by an engine with the same arguments, in the place of
+    the scoring one, which has as many GPUs. Any other teacher is sampled by an engine with the
+    settings of rollout, in the place of one of the student's engines.
     """
     arguments = settings.teachers[name].engine
     if arguments is None or name not in settings.scored_teachers:
@@ -52,7 +52,7 @@ def measure_teachers(
     run_dir: Path,
     inputs: Mapping[str, str],
 ) -> dict[str, float]:
-    """eval/accuracy_teacher/NAME of each teacher, each sampled by a temporary engine (place_of).
+    """eval/accuracy_teacher/NAME of each measured teacher, which a temporary engine samples.
 
     Levels that an earlier start of the run has measured are read from the run directory.
 
@@ -67,7 +67,7 @@ def measure_teachers(
     levels = {}
     for name in names:
         of_engine, slot = place_of(settings, slots, name)
-        if cluster.device == "cpu":  # beside the engine that is loading there
+        if cluster.device == "cpu":  # it runs beside the engine that loads in this place
             slot = replace(slot, num_cpus=0.0)
         engine = RolloutGroup(
             of_engine,
@@ -102,8 +102,8 @@ def same_levels(
     """The levels that a run has measured under the conditions of this one; None: there are none.
 
     Args:
-        inputs: run_dir.inputs.digests, of this run.
-        run_dir: of that run.
+        inputs: run_dir.inputs.digests of this run.
+        run_dir: the directory of the run whose levels are read.
     """
     conditions = conditions_of(settings, heldout) | files_of(inputs)
     return read_levels(run_dir / TEACHER_LEVELS, conditions)
@@ -166,7 +166,7 @@ def sha256_of(text: str) -> str:
 
 
 def read_levels(path: Path, conditions: dict[str, Any]) -> dict[str, float] | None:
-    """The stored levels; None: there are none under the same conditions that can be read."""
+    """The stored levels; None: none can be read, or they have other conditions."""
     try:
         stored = json.loads(read_bytes(path) or b"")
         if stored["measured_with"] != conditions:

@@ -1,4 +1,4 @@
-"""Ray and the workers that stay between the jobs of a sweep."""
+"""Keeps Ray and the workers between the jobs of a sweep."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -33,10 +33,10 @@ class Kept:
 class WarmWorkers:
     """Holds Ray and the workers of the last job for the next one. Use as a context manager.
 
-    A job gets them where the conditions of both are equal; otherwise they end, and others start.
-    They also end where a job fails, is interrupted, or has replaced a worker. Kept workers have the
-    environment variables that this process had when Ray started for them; a variable set since then
-    does not reach them.
+    A job gets these workers where its conditions equal those of the job before; otherwise they end,
+    and others start. They also end where a job fails, is interrupted, or has replaced a worker.
+    Kept workers have the environment variables that this process had when Ray started for them; a
+    variable that was set later does not reach them.
 
     Example:
         with hybridrl.WarmWorkers() as warm:
@@ -58,7 +58,7 @@ class WarmWorkers:
 
     @property
     def run_dir(self) -> Path | None:
-        """Of the job whose workers are kept; None: none are."""
+        """The run directory of the job whose workers are kept; None: no workers are."""
         return None if self._kept is None else self._kept.run_dir
 
     def close(self) -> None:
@@ -76,8 +76,8 @@ class WarmWorkers:
         measures: bool,
         say: Callable[[str], None],
     ) -> Iterator[Kept | None]:
-        """The workers for a job, which lasts as long as the block; None: there are none for it. At
-        its end everything ends, unless `keep` was called.
+        """Yield the kept workers that a job may use, or None. The job lasts as long as the block;
+        at its end Ray and all workers end, unless `keep` was called.
 
         Args:
             inputs: run_dir.inputs.digests.
@@ -85,7 +85,7 @@ class WarmWorkers:
             say: prints a line about workers that end.
 
         Raises:
-            ConfigError: another job, which has not ended, has them.
+            ConfigError: another job that has not ended uses this object.
         """
         if self._in_job:
             raise ConfigError(
@@ -129,7 +129,7 @@ class WarmWorkers:
         slots: Slots,
         workers: Workers,
     ) -> None:
-        """Keep the workers of the present job, which is done, if another one may have them."""
+        """Keep the workers of the present job, which is done, if a later job may use them."""
         if workers.intact and alone(settings) is None:
             conditions = worker_conditions(settings, inputs)
             self._kept = Kept(run_dir=run_dir, slots=slots, workers=workers, conditions=conditions)
@@ -137,7 +137,7 @@ class WarmWorkers:
     def _reason(
         self, kept: Kept, settings: RunSettings, inputs: Mapping[str, str], *, measures: bool
     ) -> str | None:
-        """Why a job may not have these workers; None: it may."""
+        """Why a job may not use these workers; None: it may."""
         different = differences(kept.conditions, worker_conditions(settings, inputs))
         if different:
             more = len(different) - SHOWN

@@ -1,4 +1,4 @@
-"""What running workers depend on. A job may use those of another one where all of it is equal."""
+"""The conditions of running workers: a job may use those of another job with equal conditions."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from hybridrl.settings.built_in import is_own
 from hybridrl.settings.run import RunSettings
 
 TAKEN_ANEW = (
-    # Read by the driver, which is that of one job; or sent with each call.
+    # Read by the driver, which serves one job, or sent with each call.
     "run.dir",
     "run.resume",
     "run.resume_from",
@@ -40,8 +40,8 @@ TAKEN_ANEW = (
     "train.lr_end",
     # Reward workers start anew with each job.
     "reward",
-    # Read in each update, or by `configure` and `begin_job` of learner and scorers. What a worker
-    # reads of these when it is built is among `chosen_by` besides.
+    # Read in each update, or by `configure` and `begin_job` of learner and scorers. Values that a
+    # worker derives from these when it is built are in `chosen_by`.
     "run.seed",
     "train.betas",
     "train.weight_decay",
@@ -81,14 +81,15 @@ TAKEN_ANEW = (
     "algorithm.temperature",
 )
 """The settings, and sections of them, that may differ from those with which workers were built; `*`
-is a teacher's name. All others must agree, so that a setting which is new here starts workers anew
-until someone has seen that no worker holds on to it.
+is a teacher's name. All others must be equal. So a change of a setting that is added to hybridrl
+restarts the workers, until someone has checked that no worker keeps its value.
 """
 
 
 def worker_conditions(settings: RunSettings, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """What the workers of a run depend on besides the calls that they get, by a name for it: a
-    setting's, or what settings come to.
+    """Everything on which the workers of a run depend besides the arguments of their calls.
+
+    The keys are names of settings, or phrases for values that follow from settings.
 
     Args:
         inputs: run_dir.inputs.digests.
@@ -103,29 +104,29 @@ def worker_conditions(settings: RunSettings, inputs: Mapping[str, str]) -> dict[
 
 
 def chosen_by(settings: RunSettings) -> dict[str, Any]:
-    """Values fixed when a worker is built; jobs that share workers must agree on them, although the
-    settings behind them may otherwise differ.
+    """Values fixed when a worker is built. They must be equal in jobs that share workers, although
+    the settings behind them may otherwise differ.
     """
     train = settings.train
     return {
-        # In which a worker looks for files of yours.
+        # Workers look for a user's files in it.
         "the working directory": os.getcwd(),
         "the scored teachers": settings.scored_teachers,
         "the number of workers": {team.name: (team.size, team.gpus) for team in teams(settings)},
         "the value head": make_objective(settings).needs.learner_values,
         "the log-probs of an engine": most_logprobs(settings),
-        # Layers are compiled for them.
+        # Layers are compiled for this number of tokens.
         "train.max_tokens_per_micro_batch": (
             train.max_tokens_per_micro_batch if train.packing else None
         ),
-        # By which the numbers of adapters begin.
+        # The first values of adapters are drawn with it.
         "run.seed": None if settings.lora.rank is None else settings.run.seed,
     }
 
 
 def alone(settings: RunSettings) -> str | None:
-    """Why a run shares its workers with no other one, neither before it nor after it; None: it may
-    share them.
+    """Why a run may share its workers neither with the job before it nor with the one after it;
+    None: it may.
     """
     if settings.diagnostics.trace:
         return "diagnostics.trace records all that they do"
@@ -145,11 +146,11 @@ def alone(settings: RunSettings) -> str | None:
 
 
 def needs_room(device: str, *, measures: bool) -> str | None:
-    """Why a run cannot begin while the workers of another one are there; None: it can.
+    """Why a run cannot begin while the workers of another one run; None: it can.
 
     Args:
-        device: of the cluster, cpu or cuda.
-        measures: it begins with measuring its teachers.
+        device: the cluster's device, cpu or cuda.
+        measures: the run begins with measuring its teachers.
     """
     if measures and device == "cuda":
         return "the engine that measures the teachers needs a GPU of theirs (eval.teacher)"
@@ -164,7 +165,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def leaves(tree: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in nested mappings that is no mapping, or an empty one."""
+    """(dotted key, value) of each value in nested mappings that is not a mapping, or is empty."""
     for name, value in tree.items():
         dotted = f"{key}.{name}" if key else str(name)
         if isinstance(value, Mapping) and value:
