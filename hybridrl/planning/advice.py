@@ -11,7 +11,7 @@ from hybridrl.settings.shared_base_checks import check_shared_bases
 
 
 def advice_lines(plan: Plan) -> Iterator[str]:
-    """One line for each teacher that needs no workers of its own."""
+    """One line for each teacher for which the learner could score, in the place of workers."""
     before = seconds_of_step(plan)
     for name in plan.settings.teachers_with_scorers:
         settings = with_shared_base(plan.settings, name)
@@ -41,7 +41,7 @@ def with_shared_base(settings: RunSettings, teacher: str) -> RunSettings | None:
 
 
 def all_bytes(plan: Plan) -> int:
-    """The most that all devices together hold; on a CPU the node counts once."""
+    """The most bytes that all devices together hold; on a CPU the node counts once."""
     return sum(plan.seat_bytes(seat) * max(seat.gpus, 1) for seat in plan.seats)
 
 

@@ -8,18 +8,18 @@ from hybridrl.planning.zero import WIDE
 from hybridrl.settings.choices import OnStale
 
 TOKEN_COLUMNS = 4 + 1 + 4 + 4
-"""Bytes a token of a RolloutBatch: id, mask, the sampler's log-prob, weight version."""
+"""Bytes of a token in a RolloutBatch: id, mask, the sampler's log-prob, weight version."""
 
 ANSWER_BYTES = 70
-"""Of a server's answer, for each log-prob, as JSON: {"5":{"logprob":-2.996648073196411,"rank":9,
-"decoded_token":"1"}}. 65 to 75 were measured.
+"""Bytes of each log-prob in a server's answer, which is JSON; 65 to 75 were measured. Example:
+{"5":{"logprob":-2.996648073196411,"rank":9,"decoded_token":"1"}}.
 """
 REQUEST_BYTES = 7
-"""Of a request to a server, for each token: its id and a separator."""
+"""Bytes of each token in a request to a server: its id and a separator."""
 
 
 class Edge(NamedTuple):
-    """What one step sends from one kind of worker to another."""
+    """A value that one step sends from one kind of worker to another."""
 
     source: str
     target: str
@@ -28,7 +28,7 @@ class Edge(NamedTuple):
 
 
 def rollout_bytes(sizes: Sizes) -> int:
-    """All responses of a step, as types.per_token_bytes counts them."""
+    """Bytes of all responses of a step, as types.per_token_bytes counts them."""
     support = make_objective(sizes.settings).needs.sampler_support
     tokens = sizes.sequences * sizes.tokens
     responses = sizes.sequences * sizes.response
@@ -36,27 +36,27 @@ def rollout_bytes(sizes: Sizes) -> int:
 
 
 def score_bytes(sizes: Sizes, teacher: ScoredTeacher | ServedTeacher) -> int:
-    """All scores of one teacher about a step."""
+    """Bytes of all scores of one teacher in a step."""
     responses = sizes.sequences * sizes.response
     row = teacher.row_bytes(sizes.student.vocabulary)
     return sizes.sequences * sizes.tokens * WIDE + responses * row
 
 
 def answer_bytes(sizes: Sizes, teacher: ServedTeacher) -> int:
-    """All answers of a teacher's server about a step; it reports the tokens of the prompts too."""
+    """Bytes of all answers of a teacher's server in a step; they include the prompts' tokens."""
     tokens = sizes.sequences * sizes.tokens
     return tokens * (1 + teacher.evidence.support) * ANSWER_BYTES
 
 
 def weight_bytes(sizes: Sizes) -> int:
-    """What an engine receives of the student, once: its weights, with adapters merged into them, or
-    with lora.sync=adapter the adapters alone.
+    """Bytes that one engine receives in a step: the student's weights, with adapters merged into
+    them, or with lora.sync=adapter the adapters alone.
     """
     return sizes.sent * sizes.width
 
 
 def edges(sizes: Sizes) -> list[Edge]:
-    """What a step sends. Prompts, rewards and headers are left out: some bytes a sequence."""
+    """What a step sends, without prompts, rewards and headers: these have few bytes."""
     rollouts = rollout_bytes(sizes)
     found = []
     for served in sizes.served:
@@ -76,8 +76,8 @@ def edges(sizes: Sizes) -> list[Edge]:
 
 
 def store_bytes(sizes: Sizes, *, weights_travel: bool) -> int:
-    """The most that the object store holds: the step that is learned, with all waves that it may
-    need, those ahead of it, and the weights where they travel by it.
+    """The most bytes that the object store holds: the step from which the learner learns, with all
+    waves that it may need, the steps ahead of it, and the weights if they go through the store.
     """
     further = max(
         sizes.settings.algorithm.dynamic_sampling,
@@ -92,7 +92,7 @@ def store_bytes(sizes: Sizes, *, weights_travel: bool) -> int:
 
 
 def checkpoint_bytes(sizes: Sizes) -> int:
-    """One checkpoint: master weights and Adam's moments in float32, of all ranks together.
+    """Bytes of a checkpoint: master weights and Adam's moments in float32, of all ranks together.
 
     Example: Qwen2.5-7B: 7.616e9 x 12 = 91.4 GB; of its adapters of rank 16, 40.4e6 x 12 = 0.5 GB.
     """
@@ -100,7 +100,7 @@ def checkpoint_bytes(sizes: Sizes) -> int:
 
 
 def disk_bytes(sizes: Sizes) -> int:
-    """The checkpoints that are retained, the one that is being written, and the export."""
+    """Bytes of the checkpoints that are retained, the one being written, and the export."""
     checkpoint = sizes.settings.checkpoint
     count = checkpoint.keep + 1 + (checkpoint.best is not None)
     model = sizes.student.parameters * sizes.width

@@ -16,9 +16,9 @@ from hybridrl.settings.run import RunSettings
 
 MOST_RANKS = 1024
 ENGINE_DEVICES = (2, 4, 8)
-"""Of one engine, in a remedy."""
+"""The numbers of devices of one engine that a remedy may name."""
 MOST_DEVICES = 32
-"""Of one replica of a teacher, in a remedy."""
+"""The most devices of one replica of a teacher that a remedy may name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +33,8 @@ def check_fit(plan: Plan) -> None:
     """Refuse a plan in which some device must hold more than it has.
 
     Raises:
-        ConfigError: names the worker, its largest parts, and the settings to change; or an engine's
-            KV cache cannot hold the longest sequence.
+        ConfigError: names the worker, its largest parts, and the settings to change; or as
+            check_cache_of and check_measuring.
     """
     check_cache(plan)
     check_measuring(plan)
@@ -71,10 +71,10 @@ def check_cache_of(plan: Plan, worker: str, of_token: int, remedy: str) -> None:
     """Refuse a KV cache that is too small for one sequence.
 
     Args:
-        of_token: bytes of a token on each device.
+        of_token: bytes of a token in the cache, on each device.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: the cache holds fewer than rollout.max_model_len tokens.
     """
     needed = of_token * plan.sizes.tokens
     (cache,) = (p.nbytes for p in plan.of_worker(worker) if p.part == "KV cache")
@@ -87,11 +87,11 @@ def check_cache_of(plan: Plan, worker: str, of_token: int, remedy: str) -> None:
 
 
 def check_measuring(plan: Plan) -> None:
-    """Refuse a teacher whose accuracy is to be measured and that cannot be sampled by the settings
-    of rollout, in the place of an engine of the student, with a KV cache for one sequence.
+    """Refuse a teacher that is to be measured in the place of an engine of the student, by the
+    settings of rollout, but leaves no room there for the KV cache of one sequence.
 
     Raises:
-        ConfigError: it cannot, on GPUs.
+        ConfigError: names the teacher; only on GPUs.
     """
     settings = plan.settings
     rollout = settings.rollout
@@ -118,7 +118,7 @@ def check_measuring(plan: Plan) -> None:
 
 
 def refuse(plan: Plan, seat: Seat) -> None:
-    """Raises: ConfigError."""
+    """Raise a ConfigError with the largest worker of a seat, its largest parts and a remedy."""
     name = max(dict.fromkeys(seat.workers), key=plan.peak)
     largest = sorted(peak_parts(plan, name).items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{part} {shown(nbytes)}" for part, nbytes in largest)
@@ -140,7 +140,7 @@ def peak_parts(plan: Plan, worker: str) -> dict[str, int]:
 
 
 def worker_setting(settings: RunSettings, worker: str) -> str:
-    """The model's setting of a worker, with its value."""
+    """The setting that names a worker's model, or reward.workers, with its value."""
     if worker == "reward":
         return f"reward.workers={settings.reward.workers}"
     if worker.startswith("scorer-"):
@@ -150,8 +150,8 @@ def worker_setting(settings: RunSettings, worker: str) -> str:
 
 
 def remedy(plan: Plan, worker: str) -> str:
-    """The fewest changes of the settings after which the worker fits, as a clause. Those that the
-    settings would refuse are left out.
+    """Changes of the settings after which the worker fits, each of them necessary, as a clause.
+    Changes that the checks of the settings refuse are left out.
     """
     chosen: list[Change] = []
     for change in changes(plan, worker):
@@ -162,7 +162,7 @@ def remedy(plan: Plan, worker: str) -> str:
             break
     else:
         return hopeless(plan, worker)
-    for change in list(chosen[:-1]):  # those that turn out to be unnecessary
+    for change in list(chosen[:-1]):  # leave out what turns out to be unnecessary
         fewer = [other for other in chosen if other is not change]
         if allowed(plan.settings, fewer) and fits(plan, fewer, worker):
             chosen = fewer
@@ -216,7 +216,7 @@ def changed_settings(settings: RunSettings, chosen: Sequence[Change]) -> RunSett
 
 
 def allowed(settings: RunSettings, chosen: Sequence[Change]) -> bool:
-    """Whether a run could have the settings after the changes."""
+    """Whether the settings after the changes pass their checks."""
     try:
         check_settings(changed_settings(settings, chosen))
     except ConfigError:
@@ -230,8 +230,8 @@ def changed_plan(plan: Plan, chosen: Sequence[Change]) -> Plan:
 
 
 def fits(plan: Plan, chosen: Sequence[Change], worker: str) -> bool:
-    """Whether the devices of the worker hold it after the changes; all devices, if they leave none
-    of it.
+    """Whether the worker's devices hold all of their workers after the changes. If the changes
+    remove the worker, all devices count.
     """
     after = changed_plan(plan, chosen)
     seats = [seat for seat in after.seats if worker in seat.workers] or after.seats
@@ -239,7 +239,7 @@ def fits(plan: Plan, chosen: Sequence[Change], worker: str) -> bool:
 
 
 def changes(plan: Plan, worker: str) -> Iterator[Change]:
-    """What makes a worker smaller, the cheapest first; each is tried together with all before."""
+    """Changes that make a worker smaller, the cheapest first; each is tried with all before it."""
     settings = plan.settings
     teacher = worker.removeprefix("scorer-")
     share = None if teacher == worker else _in_learner(settings, teacher)
@@ -265,7 +265,7 @@ def changes(plan: Plan, worker: str) -> Iterator[Change]:
 
 
 def smaller_shares(settings: RunSettings) -> Iterator[Change]:
-    """Shares of a GPU that leave the learner's weights and the teachers room beside an engine."""
+    """Smaller shares of a GPU for an engine, which leave more room for learner and teachers."""
     for share in (0.8, 0.7, 0.6, 0.5):
         if share < settings.rollout.gpu_memory_utilization:
             yield _set("rollout", "gpu_memory_utilization", share)

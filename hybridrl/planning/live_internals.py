@@ -22,19 +22,19 @@ SEEN = {"torch": "2.13"}
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Every tensor made inside has no memory, and every operation on it is only typed."""
+    """Make tensors without memory in the block; operations give them only shapes and dtypes."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         yield
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside, for as long as each of them exists.
+    """Counts the bytes of the tensors that are made in the block, for as long as each exists.
 
     Tensors that share memory count once. `weights` are tensors that existed before, whose views are
     not counted.
 
-    Example: with a = torch.ones(4) outside, `b = a + 1; c = b * 2; del b` inside leaves now == 16
-    and peak == 32.
+    Example: with a = torch.ones(4) from before, `b = a + 1; c = b * 2; del b` in the block leaves
+    now == 16 and peak == 32.
     """
 
     def __init__(self, weights: Sequence[Tensor] = ()) -> None:

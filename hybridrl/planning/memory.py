@@ -1,7 +1,8 @@
 """The bytes that each worker holds on its device, by phase and part.
 
-All responses are taken to be as long as they may be. The worker of the data's responses is left
-out: it holds no model. Reward workers hold theirs in the memory of their node, unless reward.gpus.
+All responses are assumed to be as long as they may be. The worker that reads the data's responses
+is left out, as it holds no model. Reward workers hold their models in the memory of their node,
+unless reward.gpus is set.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -29,8 +30,8 @@ ROW_MATRICES = 6
 """float32 matrices that kernels.rows has at once where neither Triton nor a compiler runs it."""
 
 COMPARED_MATRICES = 8
-"""float32 matrices that ops.compare has at once, with its two of log-probs and the logits of the
-student."""
+"""float32 matrices that exist at once in ops.compare, its two arguments and the student's logits
+included."""
 
 TRANSFER_BUFFER = 2**30
 """Bytes of a buffer through which vLLM hands weights to another GPU; its own default."""
@@ -91,10 +92,11 @@ def learner_pass(sizes: Sizes) -> Pass:
 def learner_parts(sizes: Sizes) -> Iterator[Part]:
     """The memory of one learner rank.
 
-    Phases: `score`, with a teacher that has its weights; `diagnose`, by diagnostics.every; `head`,
-    when the activations wait and the vocabulary is worked on; `backward`; `reduce`, when gradients
-    are summed over ranks; `step`, Adam's; `sync`, when weights leave. A learner that takes turns
-    also has `probe`, when it looks at what the engines sampled, beside them.
+    Phases: `score`, for a teacher that shares the learner's weights; `diagnose`, with
+    diagnostics.every; `head`, the pass over the vocabulary, during which the activations are kept;
+    `backward`; `reduce`, when gradients are summed over ranks; `step`, when Adam updates the
+    weights; `sync`, when weights are sent. A learner that takes turns also has `probe`: a forward
+    pass over sampled sequences, while the engines still hold their memory.
     """
     settings = sizes.settings
     zero = zero_of(sizes)
@@ -105,7 +107,7 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
         for t in sizes.teachers
         if t.evidence.needs_head and not t.shares_base
     )
-    if sizes.shared and settings.learner.zero_stage == 3:  # else it is the student's own
+    if sizes.shared and settings.learner.zero_stage == 3:  # else the student's own head is whole
         heads += sizes.student.head * sizes.width
     gathered = zero.gathered + zero.always
     packed = sizes.sent * sizes.width if sizes.on_cpu else 0
@@ -148,22 +150,22 @@ def learner_parts(sizes: Sizes) -> Iterator[Part]:
             "teachers' heads": heads,
             "weights to send": packed,
             "checkpoint": saved,  # a copy, which is written while the next step runs
-            "offloaded": zero.host if sizes.on_cpu else 0,  # from one part of the node to another
+            "offloaded": zero.host if sizes.on_cpu else 0,  # it stays in the memory of the node
         }
         for part, nbytes in (always | parts).items():
             yield Part("learner", phase, part, nbytes)
 
 
 def diagnosis_bytes(sizes: Sizes, body: PassBytes, rows: int) -> dict[str, int]:
-    """What diagnostics.every takes in the largest of its moments, by part: as student and teacher
-    are compared; and where weights are whole (ZeRO 1 and 2) in a forward and in a backward pass,
-    beside the sums of both terms' gradients in float32.
+    """The parts of the diagnostics (diagnostics.every) when they need most memory. That is while
+    student and teacher are compared or, with ZeRO 1 and 2, in a forward or a backward pass, beside
+    the sums of both terms' gradients in float32.
 
     Example: Qwen2.5-7B in bfloat16: 4 P + 4 P + 2 P = 70.9 GiB of gradients on every rank.
 
     Args:
-        body: of one micro-batch.
-        rows: its response tokens.
+        body: the pass of one micro-batch.
+        rows: the response tokens of the micro-batch.
     """
     student = sizes.student
     chunk = min(sizes.settings.train.head_chunk, rows)
@@ -183,8 +185,8 @@ def diagnosis_bytes(sizes: Sizes, body: PassBytes, rows: int) -> dict[str, int]:
 
 
 def checkpoint_copy(sizes: Sizes) -> int:
-    """Bytes of the copy of a rank's state that is written while the next step runs, in the memory
-    of its host: master weights and both moments.
+    """Bytes of the copy of a rank's state, master weights and both moments, in host memory. It is
+    written to disk while the next step runs.
     """
     settings = sizes.settings
     if not settings.checkpoint.background:
@@ -193,7 +195,7 @@ def checkpoint_copy(sizes: Sizes) -> int:
 
 
 def base_bytes(sizes: Sizes, gathered: int) -> dict[str, int]:
-    """The parts of a forward pass without adapters, of a learner rank that scores for teachers.
+    """The parts of the forward pass in which a learner rank scores for teachers, without adapters.
 
     Args:
         gathered: bytes of the weights that are whole during the pass.
@@ -214,8 +216,8 @@ def base_bytes(sizes: Sizes, gathered: int) -> dict[str, int]:
 
 
 def probe_bytes(sizes: Sizes) -> dict[str, int]:
-    """The forward pass of one micro-batch of the probe's sequences, by part; without turns the
-    phases of an update hold more.
+    """The parts of the forward pass over one micro-batch of the probe's sequences. They matter only
+    with turns: otherwise the phases of an update hold more.
     """
     settings = sizes.settings
     load = sizes.load(settings.train.max_tokens_per_micro_batch, PROMPTS)
@@ -228,8 +230,8 @@ def probe_bytes(sizes: Sizes) -> dict[str, int]:
 def transfer_buffers(sizes: Sizes) -> int:
     """Bytes of vLLM's buffers on the learner's rank 0, through which weights go to other GPUs.
 
-    That of ipc holds at least the largest tensor. nccl has two, which are full when a tensor goes
-    beyond TRANSFER_BUFFER.
+    ipc has one buffer, which can hold the largest tensor. nccl has two; a buffer is full with the
+    first tensor that goes beyond TRANSFER_BUFFER, so it may hold that much and one tensor more.
     """
     transfer = sizes.settings.weight_transfer(on_cpu=sizes.on_cpu)
     if sizes.on_cpu or transfer is WeightTransfer.object_store:
@@ -245,7 +247,7 @@ def head_bytes(sizes: Sizes, rows: int) -> int:
 
     Per chunk of c tokens: the logit gradients [c, V], the logits of the student and of each hidden
     teacher; then the gradient of the output embedding, summed in float32 if there are several
-    chunks, and its copy in the dtype of the model; none beside adapters.
+    chunks, and its copy in the dtype of the model. With adapters there is no such gradient.
     """
     train = sizes.settings.train
     student = sizes.student
@@ -261,7 +263,7 @@ def head_bytes(sizes: Sizes, rows: int) -> int:
         total += at_once * student.vocabulary * logits
     hidden = [t for t in sizes.teachers if isinstance(t.evidence, Hidden)]
     total += sum(at_once * student.vocabulary * max(logits, t.width) for t in hidden)
-    compared = [t for t in sizes.scoring if t.evidence.name]  # others have no part in the pass
+    compared = [t for t in sizes.scoring if t.evidence.name]  # others are not part of the pass
     in_plain_torch = len(hidden) < len(compared) if not sizes.on_cpu else not has_compiler()
     if in_plain_torch:
         total += ROW_MATRICES * at_once * student.vocabulary * WIDE
@@ -307,8 +309,8 @@ def scorer_parts(sizes: Sizes, teacher: ScoredTeacher) -> Iterator[Part]:
 
 
 def reading_bytes(sizes: Sizes, teacher: ScoredTeacher, rows: int) -> int:
-    """What the evidence about `rows` response tokens takes while it is read off hidden states: the
-    logits of a chunk and their log-probs, and the log-probs of the vocabulary that are sent.
+    """Bytes for computing the evidence about `rows` response tokens from hidden states: the logits
+    of a chunk and their log-probs, and the log-probs of the vocabulary that are sent.
     """
     chunk = min(sizes.settings.train.head_chunk, rows)
     vocabulary = sizes.student.vocabulary
@@ -318,11 +320,11 @@ def reading_bytes(sizes: Sizes, teacher: ScoredTeacher, rows: int) -> int:
 
 
 def gathered_numbers(shape: ModelShape) -> int:
-    """Whole weights that a rank of a teacher on several devices holds besides its share.
+    """Numbers of whole weights that a rank of a teacher on several devices holds besides its share.
 
-    They are the output embedding, which stays; and one layer that is used, with the next one twice,
-    as it arrives and in its place; or the input embedding twice, as it is gathered before them.
-    Where a model ties its embeddings, FSDP2 gathers the matrix once for each of the two.
+    The output embedding stays whole. The larger of two things comes to it: the layer in use and two
+    copies of the next one, as received and in its place; or two copies of the input embedding,
+    which is gathered before the layers. Of tied embeddings, FSDP2 gathers the matrix for each.
     """
     layer = shape.multiplied // shape.layers
     always = shape.head * (2 if shape.tied else 1)
@@ -334,13 +336,14 @@ def engine_parts(
 ) -> Iterator[Part]:
     """The memory of one engine, on each of its devices.
 
-    Phases: `sample`; and `sync` of one that takes turns, which has its weights alone then.
+    Phases: `sample` and, for an engine that takes turns, `sync`, in which it has only its weights
+    and the room for adapters.
 
     Args:
-        worker: its team.
-        model: which it samples from.
-        setting: of that model.
-        device_bytes: of one device.
+        worker: the name of its team.
+        model: the model that it samples from.
+        setting: the setting that names the model.
+        device_bytes: the bytes of one device.
     """
     rollout = sizes.settings.rollout
     shape = model_shape(model, setting)
@@ -367,8 +370,8 @@ def engine_parts(
 
 
 def adapter_room(sizes: Sizes) -> int:
-    """Bytes of the room for one adapter in an engine, on each of its devices. vLLM divides only
-    some of its matrices among several devices; they count whole here.
+    """Bytes that an engine reserves for one adapter, on each of its devices. vLLM divides only some
+    of the adapter's matrices among several devices; here all of them count whole.
     """
     lora = sizes.settings.lora
     assert lora.rank is not None, "there are adapters"
@@ -427,8 +430,8 @@ def kv_cache(chosen: int | None, room: int, *, on_cpu: bool) -> int:
     """Bytes of an engine's KV cache on each of its devices.
 
     Args:
-        chosen: by the settings.
-        room: what the engine may use of a GPU besides weights and activations.
+        chosen: the bytes that the settings name; None: they name none.
+        room: the bytes of a GPU that the engine may use besides weights and activations.
     """
     if chosen:
         return chosen
@@ -440,7 +443,7 @@ TURNS = (
     ("sync", "score"),
     ("diagnose", "head", "backward", "reduce", "step", "score"),
 )
-"""The phases of all workers in each turn. A scorer keeps what it has used in every one."""
+"""The phases of all workers in each turn. A scorer keeps the memory that it used in all of them."""
 
 
 def worker_peak(parts: Sequence[Part], turn: Collection[str] | None = None) -> int:

@@ -31,7 +31,7 @@ class ModelShape:
     layers=28, hidden=3584, vocabulary=152_064, kv_numbers=28_672, tied=False.
     """
 
-    parameters: int  # each of them once, where embeddings are tied
+    parameters: int  # tied embeddings count once
     largest: int  # numbers of the largest parameter
     layers: int
     hidden: int  # H
@@ -47,7 +47,7 @@ class ModelShape:
 
     @property
     def multiplied(self) -> int:
-        """Parameters that a token is multiplied by in the body; the embeddings are not."""
+        """Parameters of the body, without the embeddings; a token is multiplied by all of them."""
         return self.parameters - (1 if self.tied else 2) * self.head
 
 
@@ -80,15 +80,15 @@ def shape_of(path: str, revision: str | None, setting: str) -> ModelShape:
 
 
 def model_shape(model: ModelConfig, setting: str = "model.path") -> ModelShape:
-    """As shape_of, of a model in the settings."""
+    """As shape_of, for a model in the settings."""
     return shape_of(model.path, model.revision, setting)
 
 
 def engine_weights(model: ModelConfig, setting: str, arguments: Mapping[str, Any]) -> int:
     """Bytes of a model's weights in an engine with these arguments of vLLM.
 
-    Quantised weights of a folder have the size of its files. Those that the engine quantises when
-    it loads them, and those of the hub, are counted with a byte for each number.
+    Quantised weights in a folder have the size of its files. Weights that the engine quantises when
+    it loads them, and quantised ones on the hub, count a byte for each number.
 
     Example: Qwen2.5-7B in bfloat16 has 15.2 GB, quantised to 8 bits 7.6 GB.
     """
@@ -101,14 +101,14 @@ def engine_weights(model: ModelConfig, setting: str, arguments: Mapping[str, Any
 
 
 class TrainedNumbers(NamedTuple):
-    """Numbers of the student's parameters that train, without a value head."""
+    """How many numbers of the student train, without a value head."""
 
     total: int
     largest: int  # of one parameter
 
 
 def trained_numbers(settings: RunSettings) -> TrainedNumbers:
-    """What trains of the student: all of it, or its adapters.
+    """How many numbers of the student train: all of them, or those of its adapters.
 
     Raises:
         ConfigError: as shape_of, or as models.adapters.add_adapters.

@@ -1,7 +1,7 @@
 """The memory of a forward and a backward pass over a model's body, from its config alone.
 
 transformers' own modules run on tensors without memory, once with two layers and once with three;
-each further layer adds what the third one did. So nothing about a kind of model is written here.
+each further layer adds what the third one did. So this code knows nothing about kinds of models.
 Attention is the kernel that torch chooses on a CPU, which like FlashAttention keeps no scores.
 """
 
@@ -28,8 +28,8 @@ class PassBytes(NamedTuple):
     """Bytes besides weights and their gradients."""
 
     kept: int  # after the forward pass, for the backward pass
-    forward: int  # the highest of the forward pass
-    peak: int  # the highest of both passes; without a backward pass that of the forward pass
+    forward: int  # the peak of the forward pass
+    peak: int  # the peak of both passes; without a backward pass that of the forward pass
 
 
 class Pass(NamedTuple):
@@ -40,13 +40,13 @@ class Pass(NamedTuple):
     learns: bool  # with a backward pass
     recomputes: bool = False  # layers are computed again in the backward pass
     plain_attention: bool = False  # by matrix products, which keep the scores of all pairs
-    rank: int | None = None  # of the adapters, which alone train; None: all weights train
-    targets: tuple[str, ...] = ()  # as lora.targets
+    rank: int | None = None  # rank of the adapters, if only they train; None: all weights train
+    targets: tuple[str, ...] = ()  # lora.targets
 
 
 class Adapted(nn.Module):
-    """What peft's layer with an adapter computes. peft moves its parameters after it has made them,
-    which tensors without memory do not allow.
+    """A layer that computes what peft's layer with an adapter does. peft moves its parameters after
+    it has made them, which tensors without memory do not allow.
     """
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
@@ -61,7 +61,7 @@ class Adapted(nn.Module):
 
 
 def adapt(model: PreTrainedModel, lora: LoraConfig) -> None:
-    """Give the layers of the model adapters, which alone train, in place."""
+    """Add adapters to the layers of the model, in place; only the adapters train then."""
     assert lora.rank is not None, "there are adapters"
     model.requires_grad_(False)
     names = target_names(model, lora)
@@ -104,7 +104,7 @@ def _pass_bytes(path: str, revision: str | None, dtype: str, setting: str, work:
 def _run(
     path: str, revision: str | None, dtype: str, setting: str, work: Pass, layers: int
 ) -> PassBytes:
-    """The bytes of the same pass over a model of so many layers."""
+    """The bytes of the same pass over the model with `layers` layers."""
     config = deepcopy(model_config(path, revision, setting=setting))
     config.get_text_config().num_hidden_layers = layers
     attention = {"attn_implementation": "eager"} if work.plain_attention else {}

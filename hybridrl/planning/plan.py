@@ -1,4 +1,4 @@
-"""The plan of a run: who runs where, what each holds and sends, and how long a step takes."""
+"""The plan of a run: where each worker runs, what it holds and sends, and the time of a step."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ GIB = 2**30
 IMPORTED = 0.6 * GIB
 """Bytes of a worker's process on a CPU after its imports: 0.43 to 0.60 GiB were measured."""
 CHILD_IMPORTED = 25 * 2**20
-"""The same of a child process of a reward worker that loads no reward model."""
+"""The same bytes of a child process of a reward worker that loads no reward model."""
 
 HEAP_SHARE = 0.28
-"""Of the bytes of tensors: gaps in the heap of a process on a CPU, which retains what it has freed
-(runtime.worker_env)."""
+"""Gaps in the heap of a process on a CPU, as a share of the bytes of its tensors: the heap retains
+freed memory (runtime.worker_env)."""
 
 GROWN = {"learner": 226_000_000, "rollout": 57_000_000, "teacher": 57_000_000, "scorer": 22_000_000}
-"""Bytes that a process on a CPU takes besides for libraries once they run.
+"""Further bytes that a process on a CPU needs for libraries once they run, by kind of worker.
 
 Fitted to measurements of the tiny model in float32 (`tools/bench plan`): HEAP_SHARE and the
 learner's number on its ZeRO 1 and 3 runs, then the engine's. The scorer's is what stays after a
@@ -73,7 +73,7 @@ class Plan:
     parts: tuple[Part, ...]  # of one worker of each team
     seats: tuple[Seat, ...]
     edges: tuple[Edge, ...]
-    store_bytes: int  # high water of the object store
+    store_bytes: int  # the most that the object store holds
     disk_bytes: int
     seconds: PhaseSeconds
     rates: Rates
@@ -87,8 +87,8 @@ class Plan:
 
     @property
     def offloaded_bytes(self) -> int:
-        """Of each learner rank, in the memory of its GPU's host: what learner.offload has there
-        always, and cluster.take_turns while engines sample.
+        """Bytes of each learner rank in host memory: those that learner.offload holds there, and
+        those that cluster.take_turns moves there while engines sample.
         """
         if self.device == "cpu":
             return 0
@@ -96,15 +96,13 @@ class Plan:
         return zero.host + (zero.optimizer if self.sizes.takes_turns else 0)
 
     def asleep_bytes(self, name: str) -> int:
-        """Of one engine, in the memory of its GPU's host while the learner works; 0: it does not
-        sleep.
-        """
+        """Bytes of one engine in host memory while the learner works; 0: it does not sleep."""
         return worker_peak(self.of_worker(name), ("sync",)) if self.sizes.takes_turns else 0
 
     def seat_bytes(self, seat: Seat) -> int:
-        """The most that a device of the seat holds. Memory that a worker has used in one phase
-        stays with it in the others, so the peaks of its workers add up; those of workers that take
-        turns do so turn by turn.
+        """The most bytes that a device of the seat holds. A worker keeps memory that it has used in
+        one phase during the others, so the peaks of its workers add up; if workers take turns, the
+        peaks of each turn do.
         """
         imports = 0 if seat.gpus else sum(self.imported(name) for name in seat.workers)
         if self.sizes.takes_turns:
@@ -123,7 +121,7 @@ class Plan:
 
 
 def make_plan(settings: RunSettings, *, device: str, device_bytes: int) -> Plan:
-    """Plan a run on such devices.
+    """The plan of a run on devices of one kind.
 
     Args:
         device: cpu or cuda.
@@ -182,7 +180,7 @@ def worker_parts(sizes: Sizes, device_bytes: int) -> Iterator[Part]:
 
 
 def with_heap(settings: RunSettings, parts: Sequence[Part], *, on_cpu: bool) -> Iterator[Part]:
-    """The parts, and on a CPU what the heap of each process takes besides, in each phase."""
+    """The parts and, on a CPU, one more for the heap of each process in each phase."""
     yield from parts
     if not on_cpu:
         return
@@ -192,7 +190,7 @@ def with_heap(settings: RunSettings, parts: Sequence[Part], *, on_cpu: bool) -> 
 
 
 def grown(settings: RunSettings, worker: str) -> int:
-    """Of GROWN, by the kind of the worker."""
+    """The bytes in GROWN for the kind of the worker."""
     if not worker.startswith("scorer-"):
         return GROWN.get(worker, 0)
     engine = settings.teachers[worker.removeprefix("scorer-")].engine
@@ -220,7 +218,7 @@ def seats(settings: RunSettings, *, on_cpu: bool) -> list[Seat]:
     return found
 
 
-# -- in words --------------------------------------------------------------------------------------
+# -- as text ---------------------------------------------------------------------------------------
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
@@ -265,7 +263,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 
 def seat_lines(plan: Plan) -> Iterator[str]:
-    """Which workers are on which device, and the memory that they need of it."""
+    """Which workers are on which device, and how much of its memory they need."""
     rows = []
     for seat in plan.seats:
         needed = plan.seat_bytes(seat)
@@ -285,7 +283,7 @@ def seat_lines(plan: Plan) -> Iterator[str]:
 
 
 def part_lines(name: str, parts: Sequence[Part]) -> Iterator[str]:
-    """One worker: a row for each part of its memory, a column for each phase."""
+    """A table of one worker: a row for each part of its memory, a column for each phase."""
     phases = list(dict.fromkeys(part.phase for part in parts))
     of_cell = {(part.part, part.phase): part.nbytes for part in parts}
     totals = [sum(p.nbytes for p in parts if p.phase == phase) for phase in phases]

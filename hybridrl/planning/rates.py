@@ -1,7 +1,7 @@
 """The seconds of each phase of a step, from stated rates of a device.
 
-They are what the arithmetic needs at those rates, with every response at its longest; the gaps
-between operations, waiting and loading are not in them.
+They are the time that the arithmetic needs at those rates if every response is as long as it may
+be. Gaps between operations, waiting and loading are not included.
 """
 
 import math
@@ -16,9 +16,9 @@ from hybridrl.teachers.evidence import Hidden
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What one device sustains."""
+    """The rates that one device sustains."""
 
-    flops: float  # of matrix products, a second
+    flops: float  # operations of matrix products a second
     memory: float  # bytes a second
     link: float  # bytes of weights a second, to all engines at once
     source: str
@@ -39,7 +39,7 @@ H100 = Rates(
 
 
 def cpu_rates(dtype: str) -> Rates:
-    """Those of this machine, by the table of its kind of processor."""
+    """The rates of this machine, from the table of kinds of processors in kernels.products."""
     known = RATES.get(processor())
     gflops = 100.0 if known is None else getattr(known, dtype)
     return Rates(
@@ -61,7 +61,7 @@ class PhaseSeconds:
 
     def step(self, *, overlaps: bool) -> float:
         """Seconds of a step; where sampling and scoring of later steps overlap with learning, the
-        slowest of them sets the pace.
+        slowest of the three determines them.
         """
         if overlaps:
             return max(self.rollout, self.score, self.learn) + self.sync
@@ -73,7 +73,7 @@ def phase_seconds(sizes: Sizes, rates: Rates) -> PhaseSeconds:
     tokens = sizes.sequences * sizes.tokens
     rows = sizes.sequences * sizes.response
     learner = sizes.settings.learner
-    passes = 8 if learner.gradient_checkpointing else 6  # 2 forward, 4 backward, 2 again
+    passes = 8 if learner.gradient_checkpointing else 6  # forward 2, backward 4, recomputing 2
     if settings.lora.rank is not None:  # no gradients of the large matrices
         passes -= 2
     head = 2 * rows * sizes.student.vocabulary * head_width(sizes)
@@ -95,9 +95,10 @@ def phase_seconds(sizes: Sizes, rates: Rates) -> PhaseSeconds:
 
 
 def views(sizes: Sizes) -> float:
-    """Forward passes over the whole batch before its updates, by which the learner computes its own
-    log-probs and values: one before each update where the objective needs them, and one before the
-    first update where the clip's ratio does, which serves the first update too.
+    """The number of forward passes over a whole batch in which the learner computes its own
+    log-probs and values. Each mini-batch has one before its update where the objective needs them.
+    Where the clip's ratio needs them, the batch has one before its first update, which then serves
+    that update too.
 
     Example: two updates in each of two epochs of ppo: 1 + 2 - 1/2 = 2.5.
     """
@@ -109,8 +110,9 @@ def views(sizes: Sizes) -> float:
 
 
 def head_width(sizes: Sizes) -> int:
-    """Products of [R, V] with a width in one head pass: logits, both gradients (beside adapters
-    one), and each hidden teacher's logits. For one: 2 N V (3 Hs + Ht) operations.
+    """The sum of the widths of the products over [R, V] in one head pass: the student's logits and
+    both gradients (with adapters only one), and the logits of each hidden teacher. With one such
+    teacher the pass takes 2 R V (3 Hs + Ht) operations.
     """
     hidden = [t.shape.hidden for t in sizes.teachers if isinstance(t.evidence, Hidden)]
     products = 3 if sizes.trained_head else 2
@@ -118,7 +120,7 @@ def head_width(sizes: Sizes) -> int:
 
 
 def score_seconds(sizes: Sizes, teacher: ScoredTeacher, rates: Rates) -> float:
-    """One forward pass over the step's tokens, shared by the devices of all replicas.
+    """Seconds of a forward pass over the step's tokens, shared by the devices of all replicas.
 
     Example: 1e6 tokens of Qwen2.5-32B at 400 TFLOP/s: 2 x 31.2e9 x 1e6 / 400e12 = 156 s.
     """
@@ -129,8 +131,9 @@ def score_seconds(sizes: Sizes, teacher: ScoredTeacher, rates: Rates) -> float:
 
 
 def rollout_seconds(sizes: Sizes, rates: Rates) -> float:
-    """Decoding in waves of rollout.max_num_seqs: each token reads the weights and half of the
-    longest cache of every sequence, or computes, whichever takes longer; before it the prompts.
+    """Seconds of sampling in waves of rollout.max_num_seqs sequences: first the prompts, then token
+    by token. A token takes the longer of two times: that of reading the weights and each sequence's
+    cache, of its prompt and half of the response on average, and that of the arithmetic.
     """
     rollout = sizes.settings.rollout
     if sizes.settings.algorithm.data_fraction == 1:

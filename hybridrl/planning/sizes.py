@@ -15,7 +15,7 @@ from hybridrl.teachers.evidence import Evidence, Hidden
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredTeacher:
-    """A teacher that scores, and what it sends."""
+    """A teacher that scores here, and the evidence that it sends."""
 
     name: str
     model: ModelConfig
@@ -34,7 +34,7 @@ class ScoredTeacher:
         return not isinstance(self.evidence, Hidden) or self.evidence.drawn
 
     def row_bytes(self, vocabulary: int) -> int:
-        """Bytes of its rows about one response token, the ids of a support included."""
+        """Bytes of its evidence about one response token, the ids of a support included."""
         width = self.width if isinstance(self.evidence, Hidden) else WIDE
         numbers = self.evidence.width(vocabulary, self.shape.hidden)
         return numbers * width + self.evidence.support * 4
@@ -42,18 +42,18 @@ class ScoredTeacher:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedTeacher:
-    """A teacher that a server scores with: it holds nothing here."""
+    """A teacher that scores on a server and holds no memory here."""
 
     name: str
     evidence: Evidence
 
     def row_bytes(self, vocabulary: int) -> int:
-        """As of ScoredTeacher; its rows are log-probs in float32."""
+        """As ScoredTeacher.row_bytes; all its evidence is log-probs in float32."""
         return self.evidence.width(vocabulary, 0) * WIDE + self.evidence.support * 4
 
 
 class Load(NamedTuple):
-    """What one forward pass has at once."""
+    """The sequences and tokens of one forward pass."""
 
     sequences: int
     length: int  # tokens of each
@@ -79,7 +79,7 @@ class Sizes:
         self.largest_trained = trained.largest  # of one parameter
         self.width = DTYPE_BYTES[settings.model.dtype]
         self.tokens = settings.rollout.sequence_limit
-        # Of the data's own responses only the length with their prompt is limited.
+        # The data's own responses are limited only in the length of prompt and response together.
         from_data = settings.algorithm.data_fraction > 0
         self.response = self.tokens - 1 if from_data else settings.rollout.response_limit
         self.needs = make_objective(settings).needs
@@ -103,8 +103,8 @@ class Sizes:
 
     @property
     def takes_turns(self) -> bool:
-        """Whether engines and learner leave each other the GPUs that they share. On a CPU the same
-        calls move memory from one part of the node to another.
+        """Whether engines and learner leave each other the GPUs that they share. False on a CPU,
+        where the same calls move memory within the node.
         """
         return self.settings.cluster.take_turns and not self.on_cpu
 
@@ -120,12 +120,12 @@ class Sizes:
 
     @property
     def sending(self) -> list[ScoredTeacher | ServedTeacher]:
-        """The teachers that have scorers, which send what they score."""
+        """The teachers with scorers of their own, which send the scores."""
         return [*(teacher for teacher in self.teachers if not teacher.shares_base), *self.served]
 
     @property
     def frozen(self) -> int:
-        """Numbers of the student that do not train: all of it, beside adapters."""
+        """Numbers of the student that do not train: with adapters all of them, else none."""
         return 0 if self.settings.lora.rank is None else self.student.parameters
 
     @property
@@ -136,7 +136,7 @@ class Sizes:
 
     @property
     def trained_head(self) -> int:
-        """Numbers of the output embedding, if it trains; adapters leave it as it is."""
+        """Numbers of the output embedding if it trains; 0 with adapters, which do not change it."""
         return self.student.head if self.settings.lora.rank is None else 0
 
     @property
@@ -149,7 +149,7 @@ class Sizes:
 
     @property
     def by_data(self) -> int:
-        """Prompts of one step whose responses are the data's own, at most."""
+        """The most prompts of one step whose responses are the data's own."""
         return math.ceil(
             self.settings.algorithm.data_fraction * self.settings.train.prompts_per_step
         )
@@ -161,34 +161,36 @@ class Sizes:
 
     @property
     def of_rank(self) -> int:
-        """Sequences of one learner rank and update: whole groups."""
+        """Sequences of one learner rank in one update, in whole groups."""
         prompts = self.settings.train.prompts_per_step // self.settings.train.updates_per_batch
         return math.ceil(prompts / self.settings.learner.ranks) * self.group
 
     @property
     def of_micro_batch(self) -> Load:
-        """What one forward pass of a learner rank has."""
+        """The load of one forward pass of a learner rank."""
         return self.load(self.settings.train.max_tokens_per_micro_batch, self.of_rank)
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes of a learner rank and update, of the longest sequences."""
+        """Forward passes of a learner rank in one update, if all sequences have the full length."""
         budget = self.settings.train.max_tokens_per_micro_batch
         return math.ceil(self.of_rank / max(budget // self.tokens, 1))
 
     def of_scoring(self, devices: int) -> Load:
-        """What one forward pass of a scorer replica with so many devices has. It is given one chunk
-        at a time.
+        """The load of one forward pass of a scorer replica on `devices` devices, which is given one
+        chunk at a time.
         """
         budget = self.settings.scorer.max_tokens_per_micro_batch * devices
         return self.load(budget, self.of_chunk)
 
     def load(self, budget: int, sequences: int) -> Load:
-        """The most that one forward pass over some of `sequences` sequences has. Shorter ones fill
-        its budget where the longest leave room in it, and their prompts may be short.
+        """The largest load of a forward pass over some of `sequences` sequences.
+
+        It fills the budget of tokens, with shorter sequences where the longest would leave room in
+        it. Prompts may be so short that nearly all tokens belong to responses.
 
         Example: a budget of 16384 tokens and sequences of at most 9216 with responses of 8192: two
-        of 8192, up to 16384 of them in responses.
+        sequences of 8192 tokens, with up to 16384 response tokens.
         """
         tokens = min(max(budget, self.tokens), sequences * self.tokens)
         count = math.ceil(tokens / self.tokens)
@@ -196,15 +198,15 @@ class Sizes:
 
     @property
     def groups_per_chunk(self) -> int:
-        """Prompts of one chunk of an engine."""
+        """Prompts of one chunk that an engine returns."""
         rollout = self.settings.rollout
         prompts = self.settings.train.prompts_per_step
         return chunk_size(prompts, rollout.groups_per_chunk, rollout.engines)
 
     @property
     def of_chunk(self) -> int:
-        """Sequences of one chunk, which a scorer or a reward worker is given at a time. The data's
-        own responses of a step are a single one.
+        """Sequences of the largest chunk; a scorer or a reward worker is given one chunk at a time.
+        The data's own responses of a step are a single chunk.
         """
         algorithm = self.settings.algorithm
         sampled = self.groups_per_chunk * self.group if algorithm.data_fraction < 1 else 0

@@ -1,9 +1,10 @@
 """The bytes of one learner rank's weights, gradients and optimizer under ZeRO 1, 2 and 3, on its
-device and, offloaded, in host memory.
+device and, where offloaded, in host memory.
 
-Read in DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py), with the settings of
-policy/training_setup.py. P parameters, N ranks, g bytes a number in the model's dtype. Parameters
-that do not train, as beside adapters, are weights alone: they have no gradient and no master copy.
+They follow from the code of DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py) with the
+settings of policy/training_setup.py. There are P parameters, N ranks, and g bytes a number in the
+model's dtype. Parameters that do not train, such as those under adapters, have neither a gradient
+nor a master copy.
 """
 
 from dataclasses import dataclass, replace
@@ -11,15 +12,15 @@ from dataclasses import dataclass, replace
 from hybridrl.settings.choices import Offload
 
 BUCKET = 500_000_000
-"""Numbers of the buffer in which gradients are summed, or as many as the model has
+"""Numbers of the buffer in which gradients are summed; fewer if the model has fewer
 (policy.training_setup.bucket_numbers)."""
 
 GATHERED = 1_000_000_000
-"""Numbers of DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance: so many whole
+"""DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance: so many numbers of whole
 weights stay gathered in stage 3."""
 
 LIVE = 1_000_000_000
-"""Numbers of DeepSpeed's sub_group_size in stage 3: parameters that are stepped at once."""
+"""DeepSpeed's sub_group_size in stage 3: the number of parameters that Adam updates at once."""
 
 WIDE = 4  # bytes of a float32
 
@@ -51,16 +52,16 @@ def zero_bytes(
     largest: int = 0,
     overlaps: bool = False,
 ) -> ZeroBytes:
-    """What one rank holds on its device, and in host memory.
+    """The bytes that one rank holds on its device, and in host memory.
 
     Example: Qwen2.5-7B in bfloat16 on one rank of stage 1 with adapters of rank 16, 40.4e6 numbers:
     2 x 7.616e9 + 16 x 40.4e6 = 14.8 GiB, where all weights would take 113.5 GiB.
 
     Args:
-        parameters: P, those that train.
-        frozen: parameters that do not.
+        parameters: P, the parameters that train.
+        frozen: the parameters that do not train.
         width: g.
-        micro_batches: of a rank and step.
+        micro_batches: those of a rank in one update.
         offload: what is held in host memory.
         largest: numbers of the largest parameter that trains.
         overlaps: gradients are summed over ranks while the backward pass goes on.
@@ -96,7 +97,7 @@ def trained_bytes(
     largest: int,
     overlaps: bool,
 ) -> ZeroBytes:
-    """As zero_bytes, of the parameters that train alone."""
+    """As zero_bytes, for the parameters that train."""
     zero = on_device(parameters, width=width, ranks=ranks, stage=stage, micro_batches=micro_batches)
     if overlaps and stage == 2:  # one bucket is filled while the other is summed
         zero = replace(zero, reducing=zero.reducing + width * min(parameters, BUCKET))
@@ -112,15 +113,15 @@ def trained_bytes(
 def offloaded_shards(zero: ZeroBytes, weights: int, wide: int, offload: Offload) -> ZeroBytes:
     """Stage 3 with its optimizer, or with all of its shard, in host memory.
 
-    There are the summed gradients, Adam's input, master weights and both moments, float32 each: 20
-    bytes a parameter and rank.
+    Host memory holds the summed gradients, Adam's input, master weights and both moments, each in
+    float32: 20 bytes for each parameter of a rank's share.
 
     Example: Qwen2.5-7B in bfloat16 on one rank: 20 P = 141.9 GiB in host memory and 2 P = 14.2 GiB
-    on the device; with its parameters, 22 P = 156.0 GiB and nothing.
+    on the device; with the weights offloaded too, 22 P = 156.0 GiB and nothing on the device.
 
     Args:
         weights: bytes of the rank's share in the model's dtype.
-        wide: in float32.
+        wide: bytes of the share in float32.
     """
     moves_weights = offload is Offload.parameters
     return replace(
@@ -136,9 +137,10 @@ def offloaded_shards(zero: ZeroBytes, weights: int, wide: int, offload: Offload)
 def offloaded_optimizer(zero: ZeroBytes, share: int, *, width: int, largest: int) -> ZeroBytes:
     """Stage 1 with its optimizer in host memory.
 
-    There are Adam's input, master weights and both moments in float32; in the model's dtype the
-    gradients of a rank's share, the new weights on their way to the device, and room for the
-    largest gradient. The device keeps weights, gradients and the largest gradient once more.
+    Host memory holds Adam's input, master weights and both moments in float32 and, in the model's
+    dtype, the gradients of a rank's share, the new weights before they are copied to the device,
+    and room for the largest gradient. The device keeps weights, gradients and a second copy of the
+    largest gradient.
 
     Example: Qwen2.5-7B in bfloat16 on one rank: 2 P + 2 P + 2 x 545e6 = 29.4 GiB on the device,
     16 P + 2 P + 2 P + 2 x 545e6 = 142.9 GiB in host memory.
@@ -155,12 +157,13 @@ def offloaded_optimizer(zero: ZeroBytes, share: int, *, width: int, largest: int
 def on_device(
     parameters: int, *, width: int, ranks: int, stage: int, micro_batches: int
 ) -> ZeroBytes:
-    """What one rank holds without offloading.
+    """The bytes that one rank holds without offloading.
 
-    Stage 1 adds the gradients of micro-batches in the model's dtype, 2 and 3 in float32. There are
-    master weights in float32 too, in every stage. Stage 2 fills a bucket in the model's dtype, puts
-    the parts of each rank side by side once more and widens these; what it has summed of its share
-    it adds up in place, or in float32, where nothing is widened, beside the sum so far.
+    Stage 1 adds the gradients of micro-batches in the model's dtype, stages 2 and 3 in float32.
+    Every stage also has master weights in float32. Stage 2 fills a bucket in the model's dtype,
+    copies it with the parts of each rank side by side, and widens the copy to float32. Then it adds
+    its part to the sum over earlier micro-batches, in place. A float32 model needs no widening; its
+    new sum is made beside the old one.
 
     Example: Qwen2.5-7B in bfloat16, stage 1, 8 ranks: 2 P + 2 P + 12 P / 8 = 39.0 GiB.
 
@@ -172,8 +175,8 @@ def on_device(
     alone = ranks == 1 and stage == 1
     summed = bucket * (width if alone else WIDE)  # where gradients are put side by side
     if stage == 1:
-        # All gradients move into the bucket, and this rank's share from there to a place of its
-        # own, before they are laid end to end and widened.
+        # All gradients move into the bucket. This rank's share moves from there to a place of its
+        # own, and is then laid end to end and widened.
         kept = width * share
         moved = 0 if parameters <= bucket else width * parameters
         flat = width * share + (WIDE * share if width < WIDE else 0)
