@@ -41,25 +41,25 @@ class ScheduleConfig:
     kind: ScheduleKind = ScheduleKind.constant
     """how the weight changes"""
     value: float = 1.0
-    """at t = 0"""
+    """the weight at t = 0"""
     end: float | None = None
     """the last value of linear, cosine and step; null only for constant and feedback"""
     steps: int | None = None
-    """duration of linear and cosine in steps (short for a warm-up), null: train.steps; or the step
-    at which step switches
+    """linear and cosine: the number of steps until the weight is `end` (a small one for a warm-up),
+    null: train.steps; step: the step from which the weight is `end`
     """
     metric: str | None = None
-    """feedback: a metric of the step's row, e.g. kl/token or reward/mean"""
+    """feedback: the metric that the weight controls, e.g. kl/token or reward/mean"""
     target: float | None = None
-    """feedback: the value at which the metric is to stay"""
+    """feedback: the value at which the metric should stay"""
     gain: float = 0.1
     """feedback: each step multiplies the weight by 1 + gain * clip(metric/target - 1, -1, 1);
     negative if a larger weight raises the metric
     """
     low: float = 0.0
-    """feedback: smallest weight"""
+    """feedback: the smallest weight"""
     high: float | None = None
-    """feedback: largest weight"""
+    """feedback: the largest weight; null: no bound"""
 
     def check(self, key: str) -> None:
         """Check the values together.
@@ -103,8 +103,8 @@ class ScheduleConfig:
             )
 
     def _check_unused(self, key: str) -> None:
-        """Refuse a value that this kind does not read. An end and a number of steps may be those of
-        a preset whose kind was replaced, so they are refused only where the weight would be 0.
+        """Refuse a value that this kind does not read. `end` and `steps` may remain from a preset
+        whose kind was replaced, so `end` is refused only where the weight would always be 0.
 
         Raises:
             ConfigError: names the setting.
@@ -159,16 +159,17 @@ class TopKConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RatioConfig:
-    """Correction for a sampler that is not the learner, and PPO's clip."""
+    """The correction for a sampler that differs from the learner, and PPO's clip."""
 
     kind: Ratio = Ratio.none
     """the use of rho = p(y) / mu(y), learner over sampler, in the sparse term"""
     level: RatioLevel = RatioLevel.token
     """the unit over which the ratio is taken"""
     low: float = 0.0
-    """smallest rho (truncate, mask); clip: 1 - low"""
+    """truncate and mask: the smallest rho; clip: the lower bound of rho is 1 - low"""
     high: float | None = None
-    """largest rho (truncate, mask), null: no bound; clip: 1 + high"""
+    """truncate and mask: the largest rho, null: no bound; clip: the upper bound of rho is 1 + high
+    """
     sampler_high: float | None = 2.0
     """only with kind=clip and several updates per batch: each token is also weighted by p_old/mu,
     which corrects for a sampler that differs from the learner; this is the largest such weight,
@@ -234,13 +235,13 @@ class PairConfig:
     (hybridrl/objectives/README.md); formulas in hybridrl/objectives/pair_losses
     """
     against: str | None = None
-    """the one of teachers.* that is the reference of the log-ratios; null: the only one. For a loss
-    of your own that needs a reference, name it here
+    """name in teachers.* of the model that is the reference of the log-ratios; null: the only
+    teacher. A loss of your own that needs a reference must have it named here
     """
     beta: float = 0.1
     """scale of the log-ratio (dpo, simpo)"""
     target: float = 0.5
-    """the target of the loss, see its file: e.g. tau of IPO, margin of SLiC, gamma of SimPO"""
+    """the target of the loss, see its file, e.g. tau of IPO, the margin of SLiC, gamma of SimPO"""
     nll_weight: float = 0.0
     """SLiC's regularisation: weight of the chosen response's negative log-likelihood"""
     average: bool = False
@@ -296,23 +297,23 @@ class AlgorithmConfig:
     """
 
     divergence: Divergence = Divergence.reverse_kl
-    """between the student p and a teacher q, per token"""
+    """the divergence between the student p and a teacher q at each token"""
     jsd_beta: float = 0.5
     """beta of the JSD: near 0 it acts like the forward KL, near 1 like the reverse KL"""
     support: Support = Support.full
     """the tokens over which the dense term is summed"""
     topk: TopKConfig = field(default_factory=TopKConfig)
     teacher_signal: TeacherSignal = TeacherSignal.hidden
-    """how the full vocabulary of a teacher reaches the learner"""
+    """how a teacher's distribution over the full vocabulary reaches the learner"""
     log_ratio_clip: float | None = None
-    """bound of |log p - log q| in the reverse KL, biased; null: none"""
+    """bound of |log p - log q| in the reverse KL, which biases the gradient; null: no bound"""
     imitation_weight: ScheduleConfig = field(default_factory=ScheduleConfig)
     """multiplies every teacher's weight; 0: pure reinforcement learning, no teacher is loaded"""
     reward_weight: ScheduleConfig = field(default_factory=ScheduleConfig)
     """lambda; 0: pure distillation, rewards are only reported"""
     gamma: float = 0.0
     """discount of FUTURE imitation costs, gamma^(k-t); the terminal reward is never discounted. 0:
-    reward only, 1: exact gradient of J
+    the sparse term has the reward alone, 1: exact gradient of J
     """
     future: Future = Future.sum
     """how the future imitation costs of a token are combined when gamma > 0"""
@@ -338,8 +339,8 @@ class AlgorithmConfig:
     """weight of -log p(y) on responses that the student did not sample"""
     teacher_fraction: float = 0.0
     """share of the prompts that the first teacher answers instead of the student (MiniLLM, SeqKD);
-    a fraction of a prompt is carried to the next step. Rewards and costs of its answers need a
-    ratio
+    a fraction of a prompt is carried to the next step. To learn from rewards and costs of its
+    answers, set algorithm.ratio
     """
     data_fraction: float = 0.0
     """share of the prompts whose responses come from the data (SFT, GKD, preference pairs); a

@@ -21,11 +21,11 @@ class BuiltIn:
     """An import path inside of hybridrl, and its meaning for the page of settings."""
 
     place: str
-    """module:name, the module inside hybridrl"""
+    """module:name, where the module is relative to hybridrl"""
     meaning: str = ""
     """a clause for the page of settings"""
     packages: tuple[str, ...] = ()
-    """what it imports and an extra installs"""
+    """packages that it imports and that an extra installs"""
 
     def load(self) -> Any:
         """The class or function itself."""
@@ -99,7 +99,7 @@ SINKS = {
         "runtime.prometheus_sink:PrometheusSink", "gauges on Ray's metrics ports, for Prometheus"
     ),
 }
-"""The extra of its name installs the packages of each."""
+"""The packages of each are installed by the extra of the same name."""
 
 NO_PAIRS = "none"
 """The word for no pair loss: the objective uses returns."""

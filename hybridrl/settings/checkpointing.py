@@ -11,13 +11,12 @@ class CheckpointConfig:
     """When checkpoints are saved, and which of them are retained."""
 
     every: int = 50
-    """steps; 0: only at the end"""
+    """steps between checkpoints; 0: only one at the end"""
     keep: int = 2
     """number of newest checkpoints to retain"""
     background: bool = True
     """write in the background, while the next step runs, from a copy of the learner's state, which
-    takes 12 bytes a parameter of its host's memory; false: the run waits until a checkpoint is
-    written
+    takes 12 bytes a parameter of host memory; false: the run waits until a checkpoint is written
     """
     best: str | None = None
     """a metric, e.g. eval/accuracy: the checkpoint of the step with the best value is retained

@@ -93,7 +93,7 @@ def check_teachers(settings: RunSettings) -> None:
 
 
 def check_teacher_prompts(settings: RunSettings) -> None:
-    """Only a model with a path has a chat template of its own."""
+    """Only a teacher with a path can read prompts by a chat template of its own."""
     for name, teacher in settings.teachers.items():
         own = teacher.chat_template is TemplateOf.own
         if own and teacher.path is None:
@@ -191,13 +191,13 @@ def check_teacher_responses(settings: RunSettings) -> None:
 
 
 def check_imitation_of_data(settings: RunSettings) -> None:
-    """Data was not drawn by the student, so nothing can be estimated from its tokens."""
+    """Refuse to estimate a divergence from the tokens of data, which the student did not draw."""
     algorithm = settings.algorithm
     for name in settings.scored_teachers:
         kind = settings.evidence_kind(name)
         own = settings.teachers[name].evidence
         setting = "algorithm.support=sampled" if own is None else f"teachers.{name}.evidence={own}"
-        alone = algorithm.data_fraction == 1  # nothing else is learned from, which it could be for
+        alone = algorithm.data_fraction == 1  # no sampled responses for which it could be used
         if kind is EvidenceKind.drawn and (alone or not algorithm.nll_weight):
             raise ConfigError(
                 f"{setting}: estimates by the drawn token, and data was not drawn; set "
@@ -212,7 +212,7 @@ def check_imitation_of_data(settings: RunSettings) -> None:
 
 
 def check_pipeline(settings: RunSettings) -> None:
-    """Check that objective and data allow stale tokens, and rollouts that are cancelled."""
+    """Check that the objective and the data allow stale tokens and cancelled rollouts."""
     algorithm = settings.algorithm
     pipeline = settings.pipeline
     if (
@@ -249,7 +249,7 @@ def check_pipeline(settings: RunSettings) -> None:
 
 
 def check_overlong(settings: RunSettings) -> None:
-    """The buffer before the longest response lies within it, and counts for what is learned."""
+    """The overlong buffer fits into the longest response, and is not used for losses on pairs."""
     buffer = settings.algorithm.overlong_buffer
     longest = settings.rollout.max_new_tokens
     if not buffer:
@@ -267,7 +267,7 @@ def check_overlong(settings: RunSettings) -> None:
 
 
 def check_products(settings: RunSettings) -> None:
-    """Products are widened on CPUs alone."""
+    """train.products=float32 is for CPUs alone."""
     wide = settings.train.products is Products.float32
     if wide and settings.cluster.device is Device.cuda:
         raise ConfigError(
@@ -354,7 +354,7 @@ def _check_weight_transfer(settings: RunSettings) -> None:
 
 
 def _check_turns(settings: RunSettings) -> None:
-    """Engines and learner can take turns on GPUs that they share, and only where no response is
+    """Refuse turns of engines and learner unless they share GPUs, or where responses would be
     sampled in the learner's turn.
     """
     if not settings.cluster.take_turns:
@@ -407,8 +407,8 @@ def _check_shared_gpus(settings: RunSettings) -> None:
 
 
 def check_reward_time(settings: RunSettings) -> None:
-    """Each function has its time, for all responses and for each alone, before its worker counts as
-    hung and is replaced.
+    """A reward worker has time for each function to reach its timeout twice, for all responses and
+    then for one alone, before it counts as hung and is replaced.
     """
     reward = settings.reward
     deadline_s = settings.deadlines.reward_s

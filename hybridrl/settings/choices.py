@@ -31,8 +31,8 @@ class Products(StrEnum):
     """The dtype in which matrix products of bfloat16 models are computed on a CPU."""
 
     auto = "auto"  # the faster one on the processor
-    model = "model"  # the model's
-    float32 = "float32"  # wider than the model's, and rounded to it
+    model = "model"  # that of the model
+    float32 = "float32"  # results are rounded to the dtype of the model
 
 
 class Divergence(StrEnum):
@@ -44,9 +44,9 @@ class Divergence(StrEnum):
 
 
 class Support(StrEnum):
-    """Over which tokens the dense term is summed."""
+    """The tokens over which the dense term is summed."""
 
-    full = "full"  # the whole vocabulary: no sampling variance
+    full = "full"  # the whole vocabulary: no variance from sampled tokens
     topk = "topk"  # K tokens chosen from the prefix, see topk.correction
     # the drawn token alone: a score-function estimate, as cheap as a policy gradient
     sampled = "sampled"
@@ -62,10 +62,10 @@ class SupportSource(StrEnum):
 class Correction(StrEnum):
     """How the tokens outside of the K are accounted for."""
 
-    unbiased = "unbiased"  # exact on the K, a score-function term for a drawn token outside them
+    unbiased = "unbiased"  # exact on the K, a score-function term for a drawn token outside of them
     # one more category for all other tokens: the KL of a coarser distribution
     tail_bucket = "tail_bucket"
-    truncate = "truncate"  # not at all: not a divergence, biased
+    truncate = "truncate"  # they are left out: not a divergence, biased
     renormalize = "renormalize"  # both distributions rescaled to the K: biased, and zero for K = 1
 
 
@@ -79,11 +79,11 @@ class EvidenceKind(StrEnum):
 
 
 class TeacherSignal(StrEnum):
-    """How the full vocabulary of a teacher reaches the learner."""
+    """How a teacher's distribution over the full vocabulary reaches the learner."""
 
     hidden = "hidden"  # its last hidden states; the learner has its output head
-    # its log-probs, V numbers a token: smaller than hidden states only for a vocabulary smaller
-    # than the width
+    # its log-probs, V numbers a token: fewer bytes than hidden states only for a vocabulary smaller
+    # than the hidden size
     logits = "logits"
 
 
@@ -108,11 +108,11 @@ class Scale(StrEnum):
 class Ratio(StrEnum):
     """The use of rho = p(y) / mu(y), learner over sampler, in the sparse term."""
 
-    none = "none"  # not used: correct when sampler and learner are the same policy
+    none = "none"  # not used: correct if sampler and learner are the same policy
     # rho bounded to [low, high] (TIS); low=0 and high=null: plain importance sampling
     truncate = "truncate"
     mask = "mask"  # rho, and 0 outside [low, high] (IcePop, MOPD)
-    # PPO: rho, and 0 where the advantage moves it further outside of [1 - low, 1 + high]
+    # PPO: rho, and 0 where the advantage would move it further outside of [1 - low, 1 + high]
     clip = "clip"
 
 
@@ -146,7 +146,7 @@ class OnError(StrEnum):
 class OnStale(StrEnum):
     """How tokens older than pipeline.max_staleness are handled."""
 
-    wait = "wait"  # sampling does not run that far ahead
+    wait = "wait"  # sampling waits, so that there are no such tokens
     drop = "drop"  # groups with an older token are dropped; their prompts are sampled once more
     reweight = "reweight"  # older tokens are trained on with their importance ratio
 
@@ -162,13 +162,13 @@ class Attention(StrEnum):
 
     auto = "auto"  # torch's; on CPUs plain matrix products where they are faster
     sdpa = "sdpa"  # torch's scaled_dot_product_attention
-    # of the package flash-attn, in bfloat16 on GPUs: padding, and pairs of tokens of different
-    # packed sequences, are not computed
+    # that of the package flash-attn, in bfloat16 on GPUs: it skips padding, and pairs of tokens
+    # from different packed sequences
     flash_attention_2 = "flash_attention_2"
 
 
 class Offload(StrEnum):
-    """What a learner rank holds in host memory in the place of its GPU's."""
+    """What a learner rank holds in host memory instead of its GPU's memory."""
 
     none = "none"
     # master weights, Adam's moments and, under ZeRO 3, gradients; Adam steps on the CPU

@@ -57,15 +57,15 @@ def conf_dir() -> Path:
 
 @cache
 def typed_schema() -> DictConfig:
-    """Every key, type and default. Made once, as it takes longer than any other part of reading
-    the settings; callers do not change it.
+    """Every key, type and default. It is made once, since that takes longer than any other part of
+    reading the settings; callers must not change it.
     """
     return OmegaConf.structured(RunSettings)
 
 
 @cache
 def register_schema() -> None:
-    """Register every key and default with Hydra; conf/config.yaml names them first.
+    """Register every key and default with Hydra; conf/config.yaml starts from them.
 
     The node is a plain tree, so that +teachers.NAME.path=... can add an entry; to_settings checks
     the types.
@@ -151,7 +151,8 @@ def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
         hint: the type of the setting `key` in the schema.
 
     Raises:
-        ConfigError: a value in the place of a section or of names and values; shows the right form.
+        ConfigError: a single value stands for a section, or for names and values; shows the right
+            form.
     """
     if isinstance(value, str) and ("${" in value or value == MISSING):
         return value
@@ -180,7 +181,7 @@ def spelled_out(value: Any, hint: Any, key: str = "") -> Any:
 
 
 def _right_form(hint: Any, entries: Any, key: str) -> str:
-    """How to write a section, or names and values, in the place of a single value."""
+    """How to write a section, or names and values, for which a single value was given."""
     if hint in EXAMPLES:
         return f"cannot be read; write {EXAMPLES[hint].format(key=key)}"
     if entries in EXAMPLES:
@@ -247,7 +248,7 @@ def check_unmasked(settings: RunSettings) -> None:
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Refuse a setting, of ours or another system, that is written as a flag: --learning_rate=1e-5.
+    """Refuse a setting, of hybridrl or another system, that is written as a flag, as --lr=1e-5.
 
     Raises:
         ConfigError: names the flag and the setting.

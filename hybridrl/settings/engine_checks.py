@@ -1,4 +1,4 @@
-"""Checks of the settings of teachers that engines of vLLM score for."""
+"""Checks of the settings of teachers for which vLLM engines score."""
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.choices import Device
@@ -7,7 +7,7 @@ from hybridrl.settings.server_checks import check_reported
 
 
 def check_teacher_engines(settings: RunSettings) -> None:
-    """An engine of a teacher has a model of its own and whole GPUs, and can give the evidence.
+    """A teacher's engine has its own model and whole GPUs, and can give the evidence.
 
     Raises:
         ConfigError: one sentence about the first rule that is broken.
@@ -21,7 +21,7 @@ def check_teacher_engines(settings: RunSettings) -> None:
 
 
 def _check_alone(settings: RunSettings, name: str) -> None:
-    """Nothing else holds the model."""
+    """No other setting says where the model runs."""
     teacher = settings.teachers[name]
     engine = f"teachers.{name}.engine"
     if teacher.url is not None:
@@ -42,7 +42,7 @@ def _check_alone(settings: RunSettings, name: str) -> None:
 
 
 def _check_devices(settings: RunSettings, name: str) -> None:
-    """The engine has one GPU or several, and shares none."""
+    """The engine has one GPU or several, which it does not share."""
     engine = f"teachers.{name}.engine"
     ranks = (settings.teachers[name].engine or {}).get("tensor_parallel_size", 1)
     if type(ranks) is not int or ranks < 1:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hybridrl.core.errors import ConfigError
 
 FULL_BATCHES = 4
-"""Times rollout.max_num_seqs responses in a wave by default: an engine is idle only at its end."""
+"""Default size of a wave, in units of rollout.max_num_seqs responses: engines idle at its end."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -15,11 +15,13 @@ class GenerateConfig:
     samples: int = 1
     """responses to each prompt of `hybridrl generate`"""
     temperature: float | None = None
-    """of `hybridrl generate`; 0: always the most likely token; null: algorithm.temperature"""
+    """temperature of `hybridrl generate`; 0: always the most likely token; null:
+    algorithm.temperature
+    """
     wave: int | None = None
-    """prompts that an engine of `hybridrl generate` or `eval` samples together, apart from all
-    others, so that their responses depend on no interruption. An interrupted command samples the
-    waves that were under way again; null: 4 * rollout.max_num_seqs responses
+    """prompts that an engine of `hybridrl generate` or `eval` samples together and apart from all
+    others, so that interruptions do not change their responses: a continued command samples
+    unfinished waves again. null: as many as have 4 * rollout.max_num_seqs responses
     """
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HELDOUT = "heldout"
-"""The name of the held-out problems of data.*, where it stands beside those of sets."""
+"""The name of the held-out problems of data.* among the names of sets."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -12,8 +12,8 @@ class HeldOutSetConfig:
     """A set has either a path or a task. Chat template and instruction are those of data.*."""
 
     path: str | None = None
-    """rows, as of data.path; where the run learns from data, the responses of the rows give a
-    held-out loss, and pairs the share that is ranked right
+    """rows, as data.path; where the run learns from data, the responses of the rows give a held-out
+    loss, and pairs the share that is ranked correctly
     """
     columns: dict[str, Any] = field(default_factory=dict)
     """with path: as data.columns; empty: those of data.columns"""
@@ -26,7 +26,7 @@ class HeldOutSetConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """with task: options of the generator, as data.options"""
     num_problems: int = 512
-    """largest number of problems; of a path the first ones"""
+    """largest number of problems; of the rows at a path the first ones are used"""
     samples: int = 1
     """responses to each prompt, for avg@k and pass@k"""
     temperature: float | None = None
@@ -49,7 +49,7 @@ class HeldOutSetConfig:
 
 
 def pass_sizes(samples: int) -> list[int]:
-    """The k of pass@k that are reported of so many responses: 1, 2, 4, ... and all of them.
+    """The values of k for which pass@k is reported: 1, 2, 4, ... and the number of responses.
 
     Example: pass_sizes(6) == [1, 2, 4, 6].
     """

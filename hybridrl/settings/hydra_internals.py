@@ -1,9 +1,9 @@
-"""What hybridrl reads of Hydra and OmegaConf beyond their documented interfaces: the English of
-their errors, and the parser of overrides.
+"""The undocumented parts of Hydra and OmegaConf that hybridrl uses: the sentences of their errors,
+and the parser of overrides.
 
-Their errors have few types, so that what is wrong can be told from their sentences alone. Read in
-the versions below. tests/settings/test_hydra_internals.py has each sentence made by the libraries
-themselves, and fails when other versions are installed or when one is no longer as described here.
+Their errors have few types, so only their sentences tell what is wrong. The sentences are those of
+the versions below. tests/settings/test_hydra_internals.py has the libraries raise each of them, and
+fails when other versions are installed or when a sentence is not as described here.
 """
 
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ class ParsedOverride:
         return isinstance(value, Sweep) and not isinstance(value, ChoiceSweep)
 
     def value(self) -> Any:
-        """The value as Python has it; meaningless for a sweep."""
+        """The value as a Python object; for a sweep, Hydra's Sweep."""
         return self._override.value()
 
     def choices(self) -> list[str] | None:
@@ -108,7 +108,9 @@ class ParsedOverride:
 
 
 def parsed(overrides: Sequence[str]) -> list[ParsedOverride]:
-    """Raises:
-    HydraException: one of them is not KEY=VALUE; see unparsed_override.
+    """The overrides as Hydra's grammar reads them.
+
+    Raises:
+        HydraException: one of them is not KEY=VALUE; see unparsed_override.
     """
     return [ParsedOverride(o) for o in OverridesParser.create().parse_overrides(list(overrides))]

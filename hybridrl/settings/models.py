@@ -21,10 +21,10 @@ class ModelConfig:
     smollm2-135m-instruct)
     """
     dtype: str = AUTO
-    """float32 or bfloat16, of the forward pass; the learner has fp32 master weights. auto: bfloat16
-    on GPUs; on CPUs bfloat16 for a model that is stored in half precision with a hidden size of 256
-    or more, where the driver's processor multiplies faster in it, else float32. A run keeps its
-    first choice
+    """dtype of the forward pass, float32 or bfloat16; the learner has fp32 master weights. auto:
+    bfloat16 on GPUs; on CPUs bfloat16 for a model that is stored in half precision with a hidden
+    size of 256 or more, if the driver's processor multiplies faster in it, else float32. A run
+    keeps its first choice
     """
     revision: str | None = None
     """hub revision; null: the newest"""
@@ -34,9 +34,7 @@ class ModelConfig:
     turn in the chat template
     """
     attention: Attention = Attention.auto
-    """by which the learner and the teachers that score compute attention; engines choose their
-    own
-    """
+    """the kernel by which learner and scorers compute attention; engines choose their own"""
 
     def __post_init__(self) -> None:
         if self.dtype not in (*DTYPES, AUTO):
@@ -48,45 +46,46 @@ class TeacherConfig:
     path: str | None = None
     """as model.path; null: the student before training, frozen"""
     model: str | None = None
-    """FILE.py:CLASS of yours in the place of a model at path, see hybridrl/teachers/README.md"""
+    """FILE.py:CLASS, your own class instead of a model at path; see hybridrl/teachers/README.md"""
     url: str | None = None
-    """address of an OpenAI-compatible vLLM server that has the model, e.g. http://HOST:8000/v1, in
-    the place of a model at path
+    """address of an OpenAI-compatible vLLM server that has the model, e.g. http://HOST:8000/v1,
+    instead of a model at path
     """
     api_key: str | None = None
     """key of the server at url; give it as ${oc.env:VARIABLE}, so that no file holds it"""
     served: ServedConfig = field(default_factory=ServedConfig)
     """how the server at url is used"""
     engine: dict[str, Any] | None = None
-    """score by engines of vLLM that hold the model at path, one for each of scorer.replicas, with
-    these arguments, e.g. {tensor_parallel_size: 4}; {}: with vLLM's own. null: no engine. What
-    the teacher writes (algorithm.teacher_fraction) it samples by the settings of rollout
+    """score by vLLM engines that hold the model at path, one for each of scorer.replicas, with
+    these arguments, e.g. {tensor_parallel_size: 4}; {}: engines without further arguments; null: no
+    engine. Responses that the teacher writes (algorithm.teacher_fraction) are sampled by the
+    settings of rollout
     """
     share_base: bool = False
-    """score in the learner, by the student's weights with its adapters switched off, in the place
-    of a scorer with a second copy of them. It needs lora.rank, and a teacher that is the student
-    before training
+    """score in the learner, by the student's weights with the adapters switched off, instead of in
+    a scorer with a second copy of these weights. It needs lora.rank, and a teacher that is the
+    student before training
     """
     revision: str | None = None
     """hub revision of path; null: the newest"""
     dtype: str = AUTO
-    """float32 or bfloat16, of its forward pass; auto: as model.dtype"""
+    """dtype of its forward pass, float32 or bfloat16; auto: that of model.dtype"""
     devices: int = 1
-    """GPUs, or processes on CPUs, of each scorer replica of it; each holds as large a part of every
+    """GPUs, or processes on CPUs, of each replica of its scorer; each holds an equal part of every
     weight. It is for a teacher that does not fit one device
     """
     weight: float = 1.0
-    """w_i of the objective, times algorithm.imitation_weight; a negative one moves the student away
-    from the teacher (reward extrapolation, G-OPD)
+    """w_i of the objective, which is multiplied by algorithm.imitation_weight; a negative weight
+    moves the student away from the teacher (reward extrapolation, G-OPD)
     """
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """multiplies the weight"""
     route: dict[str, Any] = field(default_factory=dict)
     """score only prompts whose columns have these values, e.g. {domain: math}; empty: all"""
     evidence: EvidenceKind | None = None
-    """the form of its answer about a response token; null: by algorithm.support and
-    algorithm.teacher_signal. With drawn, its part of the dense term is estimated from the drawn
-    token
+    """the form of its answer about a response token; null: as algorithm.support and
+    algorithm.teacher_signal need it. With drawn, its part of the dense term is estimated from the
+    drawn token
     """
     eos: str | None = None
     """the special token with which this teacher ends a response, its text or its id. The two end
@@ -102,7 +101,7 @@ class TeacherConfig:
 
     @property
     def gpus(self) -> int:
-        """GPUs of each process of its scorers, on a cluster that has some."""
+        """GPUs of each process of its scorers, on a cluster with GPUs."""
         if self.url is not None:
             return 0
         return (self.engine or {}).get("tensor_parallel_size", 1)

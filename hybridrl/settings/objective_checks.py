@@ -1,4 +1,4 @@
-"""Checks of the objective across sections: what is learned from, and what that needs."""
+"""Checks of the objective across sections: what the run learns from, and what that needs."""
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.built_in import ADVANTAGES, PAIR_LOSSES
@@ -66,10 +66,10 @@ def check_teacher_given(settings: RunSettings) -> None:
 
 
 def check_teacher_weights(settings: RunSettings) -> None:
-    """Check that the student is drawn to its teachers more than it is moved away from them.
+    """Check that the weights of teachers have a positive sum, for the prompts of each route.
 
-    The prompts of a route have the teachers without one too. Whether there are prompts of no route
-    is known from the data alone, so they are left out where teachers have routes.
+    Teachers without a route score the prompts of every route too. Whether there are prompts outside
+    of all routes is known from the data alone, so these are not checked where teachers have routes.
     """
     algorithm = settings.algorithm
     if not algorithm.imitates or algorithm.ranks_pairs:
@@ -108,7 +108,7 @@ def check_reference(settings: RunSettings) -> None:
 
 
 def check_reward_given(settings: RunSettings) -> None:
-    """Check that there is a reward function where rewards are learned from, or rank responses."""
+    """Check that there is a reward function if the run learns from rewards or ranks responses."""
     algorithm = settings.algorithm
     ranks = algorithm.ranks_pairs and _samples(settings)
     if (algorithm.learns_from_rewards or ranks) and not settings.reward.functions:
@@ -119,7 +119,7 @@ def check_reward_given(settings: RunSettings) -> None:
 
 
 def check_pair_terms(settings: RunSettings) -> None:
-    """A loss on pairs is learned from alone, so a weight of another term has no effect beside it.
+    """A loss on pairs is the whole loss, so no other term may have a weight.
 
     Rewards rank the student's responses, whatever their weight is.
     """
@@ -141,7 +141,7 @@ def check_pair_terms(settings: RunSettings) -> None:
 
 
 def check_siblings(settings: RunSettings) -> None:
-    """Check that a prompt has several responses where they are compared with each other."""
+    """Check that each prompt has several responses if they are compared with each other."""
     algorithm = settings.algorithm
     k = settings.train.samples_per_prompt
     single = k < 2 and _samples(settings)

@@ -10,7 +10,7 @@ from hybridrl.settings.algorithm import ScheduleConfig
 from hybridrl.settings.choices import OnError
 
 FUNCTIONS_SHARE = 0.9
-"""The part of deadlines.reward_s for the reward functions; the rest is for all other work."""
+"""The share of deadlines.reward_s for the reward functions; the rest is for all other work."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,14 +35,14 @@ class RewardFunctionConfig:
 class RewardConfig:
     functions: dict[str, RewardFunctionConfig] = field(default_factory=dict)
     workers: int = 1
-    """workers; each runs calls in its own child processes, which can be killed"""
+    """number of workers; each runs calls in child processes of its own, which can be killed"""
     processes: int = 1
     """child processes per worker"""
     gpus: int = 0
     """GPUs of each worker, 0 or 1, on which its reward models compute; on CPUs it has no effect"""
     timeout_s: float = 10.0
-    """deadline of one call, after which the child process is killed; the call is for all responses
-    of a chunk that one process gets, and, if that fails, for each of them alone
+    """seconds after which a call's child process is killed. A call is for all responses of a chunk
+    that one process gets or, if that call fails, for one of them alone
     """
     on_error: OnError = OnError.drop_group
     """what to do where a reward function raises, hangs or returns no finite number"""

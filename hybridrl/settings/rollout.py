@@ -14,7 +14,7 @@ class RolloutConfig:
     tensor_parallel: int = 1
     """devices inside one engine"""
     max_new_tokens: int | None = None
-    """tokens of the longest response; null: the run is refused with a proposal for the data"""
+    """tokens of the longest response; null: the run is refused, with a proposal for your data"""
     max_model_len: int | None = None
     """tokens of the longest prompt with its response; null: the run is refused, with a proposal for
     your data
@@ -22,19 +22,21 @@ class RolloutConfig:
     max_num_seqs: int = 256
     """sequences decoded at once by one engine"""
     kv_cache_bytes: int | None = None
-    """KV cache of one engine; null: 256 MiB on CPU, on GPUs the rest of gpu_memory_utilization"""
+    """bytes of one engine's KV cache; null: 256 MiB on CPUs, on GPUs the rest of
+    gpu_memory_utilization
+    """
     gpu_memory_utilization: float = 0.9
     """share of a GPU that an engine may use; at most 0.5 with cluster.colocate,
     unless engines and learner take turns (cluster.take_turns)
     """
     enforce_eager: bool | None = None
-    """true: vLLM runs the model as it is written; false: compiled, and on GPUs as CUDA graphs,
-    which starts later and pays after minutes of generation; null: true on CPUs, false on GPUs
+    """true: vLLM runs the model eagerly; false: it compiles it, on GPUs also to CUDA graphs, which
+    delays the start and pays off after minutes of generation; null: true on CPUs, false on GPUs
     """
     engine: dict[str, Any] = field(default_factory=dict)
-    """further arguments of vllm.EngineArgs for every engine, those that measure teachers too, e.g.
-    '+rollout.engine={async_scheduling: false, max_num_batched_tokens: 8192}'; one that vLLM does
-    not have, or that another setting decides, is refused
+    """further arguments of vllm.EngineArgs for every engine, also for those that measure teachers,
+    e.g. '+rollout.engine={async_scheduling: false, max_num_batched_tokens: 8192}'; an argument that
+    vLLM does not have, or that another setting determines, is refused
     """
     groups_per_chunk: int = 1
     """prompt groups that an engine returns together; scoring and rewards of a chunk start when it
@@ -43,8 +45,8 @@ class RolloutConfig:
     """
     oversample: float = 0.0
     """share of prompts sampled beyond train.prompts_per_step; a step uses the groups that finish
-    first and cancels the rest, whose prompts are sampled at a later step. Shortens the wait for the
-    longest responses, and so prefers short ones; which finish first is not reproducible
+    first and cancels the rest, whose prompts are sampled at a later step. This shortens the wait
+    for the longest responses, but prefers short ones, and which finish first is not reproducible
     """
     weight_transfer: WeightTransfer = WeightTransfer.auto
     """how the learner's weights reach the engines"""
@@ -115,8 +117,8 @@ class PipelineConfig:
     """
 
     ahead: int = 0
-    """steps whose prompts are sampled and scored while the learner works on an earlier one; 0: one
-    after the other, bit-reproducible
+    """number of steps that are sampled and scored while the learner works on an earlier one; 0: all
+    work is done in turn, which is bit-reproducible
     """
     max_staleness: int = 0
     """weight versions by which a token's sampler may lag the learner that trains on the token"""

@@ -49,7 +49,7 @@ class RunConfig:
     dir: str = MISSING
     """run directory; absolute when submitted to a cluster"""
     seed: int = 0
-    """every sampling seed is derived from it"""
+    """number from which every sampling seed is derived"""
     resume: Resume = Resume.auto
     """what to do with an earlier run in run.dir"""
     resume_from: str | None = None
@@ -98,19 +98,19 @@ class DataConfig(ProblemsConfig):
     keys reach the rewards
     """
     heldout_path: str | None = None
-    """records: held-out problems"""
+    """records: the held-out problems, as data.path"""
     columns: dict[str, Any] = field(default_factory=lambda: {key: key for key in ROW_KEYS})
     """records: the row's key for each name, e.g. {prompt: question, completion: answer}; null: the
     key is not read
     """
     options: dict[str, Any] = field(default_factory=dict)
-    """generator options, e.g. {num_numbers: 3, max_number: 10, responses: pair} for countdown"""
+    """options of the generator, e.g. {num_numbers: 3, max_number: 10, responses: pair}"""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """several sources of problems, in the place of the settings above, which are not read then"""
+    """several sources of problems, instead of the settings above, which are then refused"""
     num_train: int = 100000
     """distinct training problems drawn from a generator; each epoch has them in a new order"""
     num_heldout: int = 512
-    """largest number of held-out problems of an evaluation, of each source"""
+    """largest number of held-out problems in an evaluation, from each source"""
     chat_template: bool = False
     """render each text prompt as a user message with the model's chat template; prompts that are
     messages are always rendered with it
@@ -126,7 +126,7 @@ class DataConfig(ProblemsConfig):
     system_prompt: str | None = None
     """a system message before each prompt, in the chat template"""
     instruction: str = "{prompt}"
-    """text around each prompt; in a conversation, around the last text of a user"""
+    """text around each prompt; in a conversation, around the user's last message"""
     drop_too_long: bool = False
     """drop rows whose prompt or response has too many tokens for rollout.max_model_len, and log
     their number; false: refuse the first of them
@@ -219,9 +219,9 @@ class DataConfig(ProblemsConfig):
 @dataclass(kw_only=True, slots=True)
 class ScorerConfig:
     replicas: int = 1
-    """frozen copies of each teacher"""
+    """number of frozen copies of each teacher"""
     max_tokens_per_micro_batch: int = 32768
-    """padded tokens in one forward pass of a teacher"""
+    """budget of tokens for one forward pass of a teacher, padding included"""
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -231,14 +231,13 @@ class ScorerConfig:
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
     every: int = 20
-    """steps between evaluations on the held-out problems; 0: only before and after"""
+    """steps between evaluations on the held-out problems; 0: only before and after training"""
     greedy: bool = True
     """always take the most likely token; false: sample with algorithm.temperature"""
     samples: int = 8
     """rollouts of each evaluation that are saved as text"""
     teacher: bool = True
-    """evaluate each teacher with a path once, before training, for the report; not one on a server
-    """
+    """evaluate each teacher that has a path once, before training, for the report"""
     sets: dict[str, HeldOutSetConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -256,11 +255,13 @@ class DiagnosticsConfig:
     space (ZeRO 1 and 2) and a comparison of student and teacher; 0: never
     """
     trace: bool = False
-    """record when each worker did what, for a view by time: trace.json in run.dir, at its end
+    """record what each worker does when; the end of the run writes trace.json in run.dir, for
+    Perfetto (ui.perfetto.dev)
     """
     token_samples: int = 4
-    """responses whose tokens the report colours by how much more likely the student makes them than
-    the teacher; of the first step, of those with an evaluation and of the last; 0: none
+    """number of responses whose tokens the report colours by how much more likely they are for the
+    student than for the teacher, in the first step, each step with an evaluation and the last; 0:
+    none
     """
 
     def __post_init__(self) -> None:
@@ -278,9 +279,9 @@ class DiagnosticsConfig:
 @dataclass(kw_only=True, slots=True)
 class SinkConfig:
     sink: str = MISSING
-    """receives every row of metrics: a tracker, or file.py:Class of yours"""
+    """what receives every row of metrics, file.py:Class of yours or a built-in tracker"""
     options: dict[str, Any] = field(default_factory=dict)
-    """keyword arguments that the object is built from"""
+    """keyword arguments with which the class is built"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -290,7 +291,7 @@ class TrackingConfig:
     project: str = "hybridrl"
     """project in Weights & Biases"""
     entity: str | None = None
-    """user or team in Weights & Biases; null: the key's"""
+    """user or team in Weights & Biases; null: that of the key"""
     group: str | None = None
     """group in Weights & Biases; null: none"""
     tags: list[str] = field(default_factory=list)
@@ -304,8 +305,8 @@ class TrackingConfig:
     that the run is driven from
     """
     overview: bool = True
-    """save a view named `hybridrl overview` with the metrics that one looks at first, in a project
-    of Weights & Biases that has none, where the run is tracked online; needs hybridrl[overview]
+    """if the run is tracked online and its project in Weights & Biases has no view named `hybridrl
+    overview`, save one with the metrics to look at first; needs hybridrl[overview]
     """
     rollouts_every: int = 0
     """steps between two tables of training responses in Weights & Biases, with the reference answer
@@ -314,8 +315,8 @@ class TrackingConfig:
     rollouts: int = 8
     """responses in each of these tables; those to one prompt stand together"""
     line_every_s: float = 10.0
-    """seconds between two steps that are printed where the output is no terminal; 0: each step.
-    logs/console.log in run.dir has all of them
+    """seconds between two printed steps where the output is no terminal; 0: every step is printed.
+    logs/console.log in run.dir has all steps
     """
     sinks: dict[str, SinkConfig] = field(default_factory=dict)
 
@@ -343,15 +344,16 @@ class ClusterConfig:
     """learner, engines and scorers share the same GPUs; no effect on CPU"""
     take_turns: bool = False
     """with colocate: engines sleep while the learner works, and the learner's optimizer is in host
-    memory while they sample, so each may take most of a GPU. On CPU the same calls free nothing
+    memory while they sample, so each may use most of a GPU. No effect on the memory of CPUs
     """
     device_memory_gib: float | None = None
-    """memory that `hybridrl plan` counts with, of one GPU or of the node on a CPU; null: of this
-    machine's, or 79 for a GPU that is not here, as an H100 with 80 GB has
+    """GiB of memory that `hybridrl plan` assumes for one GPU, or for the node on CPUs; null: those
+    of this machine, or 79 for a GPU that is not here, as of an H100 with 80 GB
     """
     check_memory: bool = True
     """refuse a run whose plan does not fit the memory of its GPUs, before it starts; false: start
-    it all the same. It needs cluster.device_memory_gib, or a GPU on the machine of the command
+    it all the same. The check needs cluster.device_memory_gib, or a GPU on the machine that starts
+    the run
     """
     spread: bool = False
     """put the workers of one group on different nodes where possible"""
@@ -360,8 +362,8 @@ class ClusterConfig:
     workers on it
     """
     max_restarts: int = 3
-    """how often failed workers of one kind are replaced during the run, and how often the run
-    returns to its last checkpoint
+    """how many times failed workers of one kind are replaced during the run, and how many times the
+    run returns to its last checkpoint
     """
 
     def __post_init__(self) -> None:
@@ -445,8 +447,8 @@ class RunSettings:
             self.learner.zero_stage = 2 if self.model.dtype == "bfloat16" else 1
 
     def weight_transfer(self, *, on_cpu: bool) -> WeightTransfer:
-        """rollout.weight_transfer, with auto resolved. Adapters by themselves are small, so they
-        travel through the object store on any device.
+        """rollout.weight_transfer, with auto resolved. Adapters alone are small, so they go through
+        the object store on any device.
         """
         chosen = self.rollout.weight_transfer
         if chosen is not WeightTransfer.auto:
@@ -529,15 +531,15 @@ class RunSettings:
 
     @property
     def teachers_in_use(self) -> list[str]:
-        """The teachers that score, and the first one where it samples; others are not loaded."""
+        """The teachers that score, and the first teacher if it samples; others are not loaded."""
         writer = list(self.teachers)[:1] if self.algorithm.teacher_fraction else []
         return list(dict.fromkeys([*self.scored_teachers, *writer]))
 
     @property
     def measured_teachers(self) -> list[str]:
-        """The teachers in use whose accuracy is measured before training, by their own weights. A
-        teacher without a path is the student before training, which is evaluated anyway, or a
-        server has it.
+        """The teachers in use whose accuracy is measured before training. A teacher without a path
+        is left out: it is the student before training, which is evaluated anyway, a class of the
+        user's, or on a server.
         """
         measures = self.eval.teacher and self.reward.functions
         return [n for n in self.teachers_in_use if measures and self.teachers[n].path is not None]

@@ -1,4 +1,4 @@
-"""Checks of the settings of teachers that servers run."""
+"""Checks of the settings of teachers on servers."""
 
 from urllib.parse import urlsplit
 
@@ -10,7 +10,7 @@ from hybridrl.settings.servers import ServedConfig
 
 
 def check_servers(settings: RunSettings) -> None:
-    """A teacher with an address is scored by its server, in a form that a server can give.
+    """A teacher with an address runs on that server alone, which can give the evidence in time.
 
     Raises:
         ConfigError: one sentence about the first rule that is broken.
@@ -53,7 +53,7 @@ def _check_address(setting: str, url: str) -> None:
 
 
 def _check_alone(settings: RunSettings, name: str) -> None:
-    """The server has the model, so nothing else describes one."""
+    """No other setting describes the model, which the server has."""
     teacher = settings.teachers[name]
     url = f"teachers.{name}.url={teacher.url}"
     if teacher.path is not None:
@@ -83,11 +83,11 @@ def _check_alone(settings: RunSettings, name: str) -> None:
 
 
 def check_reported(settings: RunSettings, name: str, source: str, what: str) -> None:
-    """Refuse a teacher of which the run needs more than vLLM reports.
+    """Refuse a teacher from which the run needs more than vLLM reports.
 
     Args:
-        source: of its log-probs: a setting and its value.
-        what: that is, with its article.
+        source: the setting, with its value, that says where its log-probs come from.
+        what: the kind of that source, "a server" or "an engine".
 
     Raises:
         ConfigError: it needs other evidence, or another temperature than 1.
@@ -117,7 +117,7 @@ def check_reported(settings: RunSettings, name: str, source: str, what: str) -> 
 
 
 def _check_time(settings: RunSettings, name: str) -> None:
-    """Every server must have had its time before the scorer counts as hung."""
+    """All servers of a teacher must have time to answer before its scorer counts as hung."""
     served = settings.teachers[name].served
     count = 1 + len(served.fallbacks)
     longest = count * (served.retry_s + served.request_s)

@@ -1,4 +1,4 @@
-"""Settings of a teacher that a server runs, which belongs to somebody else or to another job."""
+"""Settings of a teacher on a server, which belongs to somebody else or to another job."""
 
 from dataclasses import dataclass, field
 
@@ -21,16 +21,16 @@ class ServedConfig:
     one scores the chunk and those after it
     """
     concurrency: int = 32
-    """requests that one replica of the scorer has under way at once; each is one sequence"""
+    """most requests that one replica of the scorer has under way; each is one sequence"""
     request_s: float = 60.0
-    """timeout of one request, after which it is sent again"""
+    """timeout of one request in seconds, after which it is sent again"""
     retry_s: float = 120.0
-    """for how long a request that fails is sent again, after growing pauses, before its server
+    """seconds for which a request that fails is sent again, after growing pauses, before its server
     counts as lost
     """
     max_gap: float = 0.05
-    """nats; largest mean |difference| between the log-probs of two answers about the same tokens,
-    which batching and the arithmetic of half precision cause; a server above it is refused
+    """nats; largest mean |difference| between the log-probs of two answers about the same tokens;
+    batching and half precision cause small differences, and a server with a larger one is refused
     """
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from hybridrl.settings.held_out import HELDOUT, HeldOutSetConfig
 from hybridrl.settings.run import RunSettings
 
 TAKEN = (HELDOUT, "train", "accuracy_teacher", "accuracy_source")
-"""Words that the uids of other prompts begin with, and that the names of other metrics contain."""
+"""Words with which the uids of other prompts begin, or which the names of other metrics contain."""
 
 GENERATED = ("countdown", "reasoning_gym")
 """The tasks whose problems are generated."""

@@ -33,8 +33,8 @@ NAME = "settings-file"
 def load_settings(overrides: Sequence[str], file: Path | None = None) -> RunSettings:
     """The settings of a command.
 
-    The overrides take precedence over those of the user's file; without a file, over those of the
-    run that the command continues; and in a new run, over those of conf/.
+    The overrides take precedence over the user's file; without a file, over the settings of the run
+    that the command continues; and in a new run, over those of conf/.
 
     Args:
         overrides: KEY=VALUE, as on the command line.
@@ -191,8 +191,8 @@ def continued_run(overrides: Sequence[str]) -> Path | None:
 
 
 def _resolved(value: Any) -> str | None:
-    """A value of the command line as a setting of type str has it, e.g. "7" for run.dir=7; None: it
-    is null, or refers to something that this process does not have.
+    """A value of the command line as text, e.g. "7" for run.dir=7; None: it is null, or refers to
+    something that does not exist here.
     """
     try:
         text = OmegaConf.create({"value": value})["value"]
@@ -202,7 +202,7 @@ def _resolved(value: Any) -> str | None:
 
 
 def forced(override: str) -> str:
-    """+KEY=VALUE as ++KEY=VALUE, which replaces a value that exists: the settings of a run have the
-    keys that its first command added.
+    """+KEY=VALUE as ++KEY=VALUE, which may replace a value: the settings of a continued run already
+    have the keys that its first command added.
     """
     return re.sub(r"^\+(?=[^+])", "++", override)

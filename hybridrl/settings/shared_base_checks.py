@@ -1,4 +1,4 @@
-"""Checks of the settings of teachers whose weights are the learner's, without its adapters."""
+"""Checks of the settings of teachers that share the learner's weights, without its adapters."""
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.settings.models import AUTO
@@ -28,7 +28,7 @@ def _check_adapters(settings: RunSettings, name: str) -> None:
 
 
 def _check_alone(settings: RunSettings, name: str) -> None:
-    """Nothing else holds the model."""
+    """No other setting says where the model runs."""
     teacher = settings.teachers[name]
     others = {"url": teacher.url, "model": teacher.model, "engine": teacher.engine}
     for setting, value in others.items():

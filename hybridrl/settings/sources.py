@@ -1,4 +1,4 @@
-"""Settings of where problems come from: the single source of data.*, or each of data.sources."""
+"""Settings of the sources of problems: the single source of data.*, or each of data.sources."""
 
 import math
 import re
@@ -26,7 +26,7 @@ class ProblemsConfig:
     path: str | None = None
     """training rows, as data.path"""
     heldout_path: str | None = None
-    """held-out rows, as data.path; null: none of this source"""
+    """held-out rows, as data.path; null: this source has none"""
     columns: dict[str, Any] = field(default_factory=lambda: {key: key for key in ROW_KEYS})
     """the row's key for each name, as data.columns"""
     revision: str | None = None
@@ -34,7 +34,7 @@ class ProblemsConfig:
     dataset: str | None = None
     """reasoning_gym: name of the generator, e.g. chain_sum"""
     options: dict[str, Any] = field(default_factory=dict)
-    """generator options, as data.options"""
+    """options of the generator, as data.options"""
 
     @property
     def reads_rows(self) -> bool:
@@ -50,7 +50,7 @@ class ProblemsConfig:
         """Check that columns name keys of rows.
 
         Args:
-            key: of this section, e.g. "data".
+            key: the key of this section, e.g. "data".
 
         Raises:
             ConfigError: names the column.
@@ -66,13 +66,13 @@ class ProblemsConfig:
 @dataclass(kw_only=True, slots=True)
 class SourceConfig(ProblemsConfig):
     weight: float = 1.0
-    """its part of the prompts, relative to the weights of the other sources"""
+    """its share of the prompts, relative to the weights of the other sources"""
 
     def check(self, key: str) -> None:
         """Check one of data.sources.
 
         Args:
-            key: data.sources.NAME
+            key: its dotted key, data.sources.NAME.
 
         Raises:
             ConfigError: one sentence about the first rule that is broken.
@@ -126,7 +126,7 @@ def check_source_names(names: list[str]) -> None:
     the names of metrics.
 
     Raises:
-        ConfigError: names the first that is none.
+        ConfigError: names the first that is not.
     """
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_]+", str(name)):

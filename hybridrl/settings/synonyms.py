@@ -1,4 +1,4 @@
-"""Names of settings in TRL, verl and OpenRLHF: those of hybridrl's own, and those not supported.
+"""The names of settings in TRL, verl and OpenRLHF, and the settings of hybridrl for them, if any.
 
 The "did you mean" of error messages uses them.
 
@@ -26,7 +26,7 @@ class Synonym:
     verl: str = ""
     openrlhf: str = ""
     note: str = ""
-    """what differs; where it is not supported, the reason or what to do instead"""
+    """what differs; for a setting that is not supported, the reason or what to do instead"""
 
     @property
     def names(self) -> list[str]:
@@ -341,7 +341,7 @@ BY_NAME = {_snake(name): synonym for synonym in reversed(SYNONYMS) for name in s
 
 
 def synonym_of(key: str) -> Synonym | None:
-    """The synonym of the longest end of a dotted key that another system has as a setting.
+    """The synonym of a dotted key, by its longest end that is a setting of another system.
 
     None where no end of the key is such a setting.
     """

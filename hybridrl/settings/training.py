@@ -18,7 +18,7 @@ class TrainConfig:
     update
     """
     epochs_per_batch: int = 1
-    """how often a batch is learned from; each time its mini-batches have another order"""
+    """passes over each batch; each pass has its mini-batches in another order"""
     samples_per_prompt: int = 8
     """K, the number of rollouts of each prompt"""
     lr: float = 5e-4
@@ -34,7 +34,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     """largest gradient norm; 0: gradients are not clipped"""
     max_tokens_per_micro_batch: int = 16384
-    """padded tokens in one forward pass of one learner rank; with packing, tokens"""
+    """budget of tokens for one forward pass of one learner rank, padding included"""
     packing: bool = False
     """put sequences one after the other instead of padding them; faster for long sequences of
     unequal length
@@ -45,7 +45,7 @@ class TrainConfig:
     largest number of skipped updates in a row
     """
     head_chunk: int = 1024
-    """response tokens whose logits are in memory at once in the head pass"""
+    """number of response tokens whose logits are in memory at once in the head pass"""
     products: Products = Products.auto
     """dtype in which learner and scorers compute matrix products of bfloat16 models on CPUs: model,
     or float32, which is faster on processors whose bfloat16 instructions are slow or missing; auto:
@@ -107,13 +107,14 @@ class LearnerConfig:
     ranks: int = 1
     """processes that share the student's optimizer state and the batch; on GPUs each uses one"""
     zero_stage: int | None = None
-    """DeepSpeed ZeRO 1, 2 or 3; null: 3 with learner.offload, 2 with model.dtype=bfloat16,
-    else 1. In bfloat16, stage 1 adds the gradients of micro-batches in bfloat16, so that two ranks
-    differ from one by about 2 % of a step; stages 2 and 3 add them in float32
+    """stage of DeepSpeed ZeRO, 1, 2 or 3; null: 3 with learner.offload, 2 with
+    model.dtype=bfloat16, else 1. With a bfloat16 model, stage 1 adds the gradients of micro-batches
+    in bfloat16, so that two ranks differ from one by about 2 % of a step; stages 2 and 3 add them
+    in float32
     """
     offload: Offload = Offload.none
-    """what a rank holds in the memory of its GPU's host, which makes a step slower; on CPUs nothing
-    is saved
+    """what a rank holds in host memory instead of its GPU's, which makes a step slower; on CPUs it
+    saves nothing
     """
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass: less memory, more time; null: on GPUs. A run
