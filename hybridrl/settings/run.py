@@ -104,7 +104,9 @@ class DataConfig(ProblemsConfig):
     key is not read
     """
     options: dict[str, Any] = field(default_factory=dict)
-    """options of the generator, e.g. {num_numbers: 3, max_number: 10, responses: pair}"""
+    """options of the generator, e.g. for countdown {num_numbers: 3, max_number: 10, responses:
+    pair}
+    """
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """several sources of problems, instead of the settings above, which are then refused"""
     num_train: int = 100000
