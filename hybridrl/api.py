@@ -45,8 +45,8 @@ def train(
     Args:
         overrides: settings as on the command line, KEY=VALUE, for example "algorithm=grpo" or
             "+teachers.main=/models/teacher".
-        config: a YAML file of settings that the overrides go on top of; None: conf/ alone, or the
-            settings of the run in run.dir where `overrides` choose no file of conf/.
+        config: a YAML file of settings, over which `overrides` take precedence; None: conf/ alone,
+            or the settings of the run in run.dir where `overrides` choose no file of conf/.
         on_step: called in this process after each step with the number of steps done, from 1 on,
             and the step's row of metrics, as in metrics.jsonl. The call comes after the step was
             logged and, where a checkpoint is due, saved; training waits for it and ignores the

@@ -36,7 +36,7 @@ class PeakMemory:
 
     @classmethod
     def of_device(cls, device: str) -> "PeakMemory":
-        """Of the tensors on this process's GPU for "cuda", else of its resident memory."""
+        """Measure the tensors on this process's GPU for "cuda", else its resident memory."""
         return cls(allocated_peak if device == "cuda" else resident_peak)
 
     @contextmanager

@@ -53,7 +53,7 @@ LABELS = re.compile(
     r"path|file|dir|prefix|suffix|name|type|kind|format|mode|algorithm|version|column|field|"
     r"function|fn|length|len|size|weight|count|samples|limit|ttl|timeout|host|port|region|sock"
 )
-"""Last words of names whose value describes a secret but is none, e.g. S3_KEY_PREFIX."""
+"""Last words of names whose value describes a secret but is not one, e.g. S3_KEY_PREFIX."""
 
 LETTERS = r"(?:[A-Z]{1,15}|(?=[A-Za-z]{1,15}(?![A-Za-z]))[A-Za-z]?[a-z]+(?:[A-Z][a-z]+)*)"
 WORD = re.compile(rf"(?:{LETTERS}|[a-z]{{1,14}}\d|\d{{1,4}})?")

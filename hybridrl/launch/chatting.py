@@ -28,7 +28,7 @@ LONGEST = 8192
 fewer positions.
 """
 ANSWER_SHARE = 2
-"""Half of these tokens are for an answer where rollout.max_new_tokens is not set."""
+"""One part in so many of these tokens is for an answer where rollout.max_new_tokens is not set."""
 HELP = (
     "/reset forgets the conversation, /system TEXT sets the system message, Ctrl-C stops an "
     "answer, Ctrl-D ends"
@@ -297,7 +297,7 @@ def answered(
     seed: int,
     say: Callable[..., None],
 ) -> str:
-    """Print an answer while it is sampled; returns its text, as far as Ctrl-C let it come."""
+    """Print an answer while it is sampled; returns its text, which Ctrl-C may cut short."""
     pieces = []
     with (
         held_interrupt() as interrupt,

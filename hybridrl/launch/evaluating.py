@@ -223,7 +223,7 @@ def values_of(statistics: SetStatistics) -> dict[str, Any]:
 
 
 def finite(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The values with None in the place of NaN, in nested mappings too."""
+    """The values with None instead of NaN, in nested mappings too."""
     return {name: _finite(value) for name, value in values.items()}
 
 

@@ -329,7 +329,7 @@ class Session:
         raise AssertionError("the last attempt returns or raises")
 
     def recover(self, workers: Workers, error: WorkerError) -> Workers:
-        """The workers with a new learner, and another one in the place of the failed worker."""
+        """The workers with a new learner, and with a replacement of the failed worker."""
         return recover(self.settings, self.cluster, self.slots, workers, error, self.log_dir)
 
     def go_back(self) -> Checkpoint | None:

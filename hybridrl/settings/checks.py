@@ -55,7 +55,7 @@ def check_settings(settings: RunSettings) -> None:
 
 
 def check_teachers(settings: RunSettings) -> None:
-    """Each teacher has a known dtype, and a revision only beside a path."""
+    """Check the dtype, class, devices and revision of each teacher."""
     for name, teacher in settings.teachers.items():
         if teacher.dtype not in (*DTYPES, AUTO):
             raise ConfigError(

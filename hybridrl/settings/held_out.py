@@ -20,7 +20,7 @@ class HeldOutSetConfig:
     revision: str | None = None
     """with path: hub revision; null: the newest"""
     task: str | None = None
-    """countdown or reasoning_gym (dataset) in the place of a path"""
+    """countdown or reasoning_gym (dataset), instead of a path"""
     dataset: str | None = None
     """with task=reasoning_gym: name of the generator"""
     options: dict[str, Any] = field(default_factory=dict)

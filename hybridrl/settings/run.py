@@ -350,7 +350,7 @@ class ClusterConfig:
     """
     device_memory_gib: float | None = None
     """GiB of memory that `hybridrl plan` assumes for one GPU, or for the node on CPUs; null: those
-    of this machine, or 79 for a GPU that is not here, as of an H100 with 80 GB
+    of this machine, or 79 for a GPU that is not here (an H100 with 80 GB)
     """
     check_memory: bool = True
     """refuse a run whose plan does not fit the memory of its GPUs, before it starts; false: start
