@@ -28,7 +28,7 @@ LONGEST = 8192
 fewer positions.
 """
 ANSWER_SHARE = 2
-"""One part in so many of these tokens is for an answer where rollout.max_new_tokens is not set."""
+"""These tokens, divided by it, are for an answer where rollout.max_new_tokens is not set."""
 HELP = (
     "/reset forgets the conversation, /system TEXT sets the system message, Ctrl-C stops an "
     "answer, Ctrl-D ends"

@@ -265,7 +265,7 @@ class Session:
         """Start and check all workers. If the run begins here, its teachers are measured meanwhile.
 
         Args:
-            kept: workers of the job before, which this one goes on with; None: all start anew.
+            kept: workers of the job before, which this job uses; None: all workers start.
 
         Raises:
             WorkerError: a worker could not be built, or did not answer in time.

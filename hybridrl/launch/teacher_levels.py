@@ -67,7 +67,7 @@ def measure_teachers(
     levels = {}
     for name in names:
         of_engine, slot = place_of(settings, slots, name)
-        if cluster.device == "cpu":  # it runs beside the engine that loads in this place
+        if cluster.device == "cpu":  # it runs beside the engine that is loading there
             slot = replace(slot, num_cpus=0.0)
         engine = RolloutGroup(
             of_engine,

@@ -11,7 +11,7 @@ from hybridrl.settings.shared_base_checks import check_shared_bases
 
 
 def advice_lines(plan: Plan) -> Iterator[str]:
-    """One line for each teacher for which the learner could score instead of other workers."""
+    """One line for each teacher for which the learner could score, so that it needs no workers."""
     before = seconds_of_step(plan)
     for name in plan.settings.teachers_with_scorers:
         settings = with_shared_base(plan.settings, name)

@@ -178,6 +178,7 @@ def remedy(plan: Plan, worker: str) -> str:
 
 
 def hopeless(plan: Plan, worker: str) -> str:
+    """The remedy for a worker that no change makes fit, as a clause."""
     if worker.startswith("scorer-") and plan.device == "cuda":
         teacher = worker.removeprefix("scorer-")
         if plan.settings.teachers[teacher].engine is None and not divides(plan.settings, teacher):

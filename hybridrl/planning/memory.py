@@ -443,7 +443,7 @@ TURNS = (
     ("sync", "score"),
     ("diagnose", "head", "backward", "reduce", "step", "score"),
 )
-"""The phases of all workers in each turn. A scorer keeps the memory that it used in all of them."""
+"""The phases of all workers in each turn. A scorer keeps its memory in all turns."""
 
 
 def worker_peak(parts: Sequence[Part], turn: Collection[str] | None = None) -> int:

@@ -16,8 +16,8 @@ BUCKET = 500_000_000
 (policy.training_setup.bucket_numbers)."""
 
 GATHERED = 1_000_000_000
-"""DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance: so many numbers of whole
-weights stay gathered in stage 3."""
+"""DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance: the most parameters that
+stay gathered in stage 3."""
 
 LIVE = 1_000_000_000
 """DeepSpeed's sub_group_size in stage 3: the number of parameters that Adam updates at once."""
