@@ -27,6 +27,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from hybridrl.core.compiler import torch_compiler
 from hybridrl.launch.access import dashboards, ray_token, wandb_key
 from hybridrl.launch.finding import Finding, Level, fail, ok, warn
 from hybridrl.settings.compose import load_config
@@ -188,6 +189,13 @@ def compiler() -> Finding:
             level=Level.fail,
             name="C++ compiler",
             text=f"no {command} on PATH; torch and Triton compile with it: install g++, or set CXX",
+        )
+    if torch_compiler() is None:
+        return warn(
+            "C++ compiler",
+            f"{path}, but torch.compile starts CXX, by default g++, as one program, and there is "
+            "none of that name: the loss over the vocabulary runs eagerly, several times slower; "
+            "set CXX to the path of a compiler",
         )
     return ok("C++ compiler", path)
 

@@ -41,14 +41,14 @@ DELIVERY_S = 5.0
 passed. Results that the caller fetches are small.
 """
 SETTINGS = {
-    "start_s": ("free_port", "configure", "connect_engines"),
+    "start_s": ("free_port", "configure", "connect_engines", "begin_job"),
     "rollout_s": ("generate",),
     "score_s": ("follow",),
     "reward_s": ("rank", "samples"),
     "learn_s": ("learn", "evaluate", "release", "acquire", "logprob_gaps", "shared_scores"),
     "sync_s": (
         *("hold", "pack_weights", "send_weights", "load_weights", "leave_channel"),
-        *("abort", "sleep", "wake_up"),
+        *("abort", "sleep", "wake_up", "begin_job"),
     ),
     "save_s": (
         *("state_bytes", "save_state", "load_state", "keep_start", "begin_save", "saved_file"),

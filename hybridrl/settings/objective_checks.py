@@ -111,7 +111,16 @@ def check_reward_given(settings: RunSettings) -> None:
     """Check that there is a reward function if the run learns from rewards or ranks responses."""
     algorithm = settings.algorithm
     ranks = algorithm.ranks_pairs and _samples(settings)
-    if (algorithm.learns_from_rewards or ranks) and not settings.reward.functions:
+    if settings.reward.functions:
+        return
+    if ranks:
+        raise ConfigError(
+            f"reward.functions={{}}: rewards rank the sampled responses of "
+            f"algorithm.pair.loss={algorithm.pair.loss}; add "
+            "+reward.functions.NAME.function=..., or set algorithm.data_fraction=1, which takes "
+            "the pairs of the data"
+        )
+    if algorithm.learns_from_rewards:
         raise ConfigError(
             "reward.functions={}: algorithm.reward_weight is not 0, so a reward is needed; "
             "add +reward.functions.NAME.function=..., or set algorithm.reward_weight.value=0"

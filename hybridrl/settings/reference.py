@@ -175,7 +175,7 @@ def commented(listing: str) -> str:
             indent, name = match.groups()
             path = [*path[: len(indent) // 2], name]
             key = re.sub(
-                r"^(teachers|reward\.functions|data\.sources|tracking\.sinks)\.\w+",
+                r"^(teachers|reward\.functions|data\.sources|eval\.sets|tracking\.sinks)\.\w+",
                 r"\1.NAME",
                 ".".join(path),
             )

@@ -1,5 +1,6 @@
 """Placement rules, the connection to Ray, and the errors of a worker."""
 
+import ast
 import os
 import signal
 import socket
@@ -645,6 +646,7 @@ def test_a_deadline_counts_from_the_last_answer_because_one_worker_may_have_many
         ("rollout/0", "generate", "raise deadlines.rollout_s"),
         ("rollout/0", "ping", "raise deadlines.start_s or deadlines.heartbeat_s"),
         ("learner/0", "learn", "raise deadlines.learn_s"),
+        ("rollout/0", "begin_job", "raise deadlines.start_s or deadlines.sync_s"),
         ("learner/0", "another", "raise the deadline of such calls"),
     ],
 )
@@ -655,6 +657,18 @@ def test_a_call_without_an_answer_names_the_setting_of_its_deadline(
     answers = Answers(11.0, count=0)
     _, [error] = calls.settle([late], store=answers, clock=answers.clock)
     assert error.reason == f"no answer within 10 s; if it only needed longer, {remedy}"
+
+
+def test_each_call_that_a_group_names_has_the_setting_of_its_deadline():
+    named = set()
+    for file in Path(calls.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and any(k.arg == "deadline_s" for k in node.keywords):
+                named |= {a.value for a in node.args if isinstance(a, ast.Constant)}
+    names = {name for name in named if isinstance(name, str)}
+    assert {"ping", "load_weights", "keep_start"} <= names
+    known = {call for of_setting in calls.SETTINGS.values() for call in of_setting}
+    assert names - known == {"ping", "score"}, "of these the worker decides"
 
 
 class SlowAnswers(Answers):

@@ -425,6 +425,11 @@ BAD = [
         "reward.functions={}: algorithm.reward_weight is not 0, so a reward is needed",
     ),
     (
+        "~reward.functions.countdown algorithm=dpo algorithm.data_fraction=0",
+        "reward.functions={}: rewards rank the sampled responses of algorithm.pair.loss=dpo; add "
+        "+reward.functions.NAME.function=..., or set algorithm.data_fraction=1",
+    ),
+    (
         "algorithm.imitation_weight.value=0 algorithm.reward_weight.value=0 "
         "algorithm.reward_weight.end=0",
         "algorithm.imitation_weight=0 and algorithm.reward_weight=0: nothing to learn from; raise "

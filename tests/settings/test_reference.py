@@ -66,7 +66,7 @@ def test_every_setting_of_a_run_is_listed_and_has_a_meaning() -> None:
 def test_a_listing_gets_the_meaning_of_each_setting_above_it() -> None:
     listing = (
         "usage: hybridrl\ntrain:\n  steps: 100\nteachers:\n  main:\n    schedule:\n      "
-        "kind: step\n"
+        "kind: step\neval:\n  sets:\n    hard:\n      samples: 1\n"
     )
     assert commented(listing).splitlines() == [
         "usage: hybridrl",
@@ -78,6 +78,11 @@ def test_a_listing_gets_the_meaning_of_each_setting_above_it() -> None:
         "    # multiplies the weight",
         "    schedule:",
         "      kind: step",
+        "eval:",
+        "  sets:",
+        "    hard:",
+        "      # responses to each prompt, for avg@k and pass@k",
+        "      samples: 1",
     ]
 
 
