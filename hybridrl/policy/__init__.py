@@ -1,1 +1,1 @@
-"""The student: its learner ranks, the module that DeepSpeed trains, and its optimizer's state."""
+"""The student: its learner ranks, the module that DeepSpeed trains, and the optimizer's state."""

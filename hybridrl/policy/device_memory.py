@@ -1,4 +1,4 @@
-"""Memory of a device that its tensors leave to others for a while."""
+"""Frees the device memory of tensors for a while, so that other processes can use it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Released:
-    """A storage without memory."""
+    """A storage whose memory was freed."""
 
     storage: torch.UntypedStorage
     nbytes: int
-    host: Tensor | None  # its bytes, [nbytes] uint8; None: its numbers are not needed
+    host: Tensor | None  # a copy of its bytes, [nbytes] uint8; None: its content is not needed
 
 
 class DeviceMemory:
     """Empties storages of a device and fills them again.
 
-    A storage stays the same object while it has no memory, so every view of it is as before once it
-    is filled: DeepSpeed holds many of its flat vectors, and `Tensor.data = ...` would leave them at
-    the old memory. Between the two nothing may read or write them.
+    A storage remains the same object while it has no memory, so all views of it are valid again
+    once it is filled. DeepSpeed holds many views of its flat vectors; `Tensor.data = ...` would
+    leave them pointing to the old memory. While a storage is empty, nothing may read or write it.
 
     Args:
-        device: whose storages are emptied; others stay as they are.
+        device: the device whose storages are emptied; storages on other devices are left alone.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,8 +36,8 @@ class DeviceMemory:
         """Empty the storages of these tensors.
 
         Args:
-            copied: to host memory, and back.
-            dropped: their storages come back as zeros.
+            copied: tensors that `acquire` restores from a copy in host memory.
+            dropped: tensors that `acquire` fills with zeros.
         """
         for storage in self._storages(copied):
             host = self._host(storage.nbytes())
@@ -47,7 +47,7 @@ class DeviceMemory:
             self._empty(storage, None)
 
     def acquire(self) -> None:
-        """The other end of `release`; does nothing where nothing is released."""
+        """Undo `release`; does nothing if nothing is released."""
         for part in self.released:
             part.storage.resize_(part.nbytes)
             if part.host is None:
@@ -62,14 +62,17 @@ class DeviceMemory:
         storage.resize_(0)
 
     def _storages(self, tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
-        """Those on the device, each once; one that is empty is none."""
+        """The storages of the tensors that are on the device and not empty.
+
+        A storage that several tensors share comes once: `release` empties it before the next.
+        """
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage.device.type == self.device.type and storage.nbytes():
                 yield storage
 
     def _host(self, nbytes: int) -> Tensor:
-        """[nbytes] uint8 in host memory, page-locked beside a GPU."""
+        """[nbytes] uint8 in host memory, page-locked if the device is a GPU."""
         for i, tensor in enumerate(self.spare):
             if tensor.nbytes == nbytes:
                 return self.spare.pop(i)
@@ -77,5 +80,5 @@ class DeviceMemory:
 
 
 def as_bytes(storage: torch.UntypedStorage) -> Tensor:
-    """[nbytes] uint8, a view of the storage."""
+    """A view of the storage, [nbytes] uint8."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,5 +1,5 @@
-"""What is looked at every diagnostics.every steps: both terms' gradients at the parameters, and
-student against teacher.
+"""The diagnostics of every diagnostics.every steps: the gradients of both terms at the parameters,
+and the distance between student and teacher.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,14 +16,14 @@ from hybridrl.policy.student import Look, Student
 def gradient_geometry(
     student: Student, micros: Sequence[MicroBatch], device: torch.device
 ) -> dict[str, float]:
-    """Norms of the dense and of the sparse gradient at the parameters of the global batch, and
+    """Norms of the dense and of the sparse gradient of the global batch at the parameters, and
     their cosine.
 
-    Two more forward and backward passes, outside of DeepSpeed's accumulation. Parameters must be
-    whole (ZeRO 1 or 2).
+    This takes two more forward and backward passes, outside of DeepSpeed's accumulation. The
+    parameters must be whole (ZeRO 1 or 2).
 
     Args:
-        device: that of the student; one micro-batch at a time is moved to it.
+        device: the student's device, to which one micro-batch at a time is moved.
     """
     dense = _gradient(student, (micro.without_sparse() for micro in micros), device)
     sparse = _gradient(student, (micro.sparse_alone() for micro in micros), device)
@@ -43,14 +43,14 @@ def teacher_distance(
     micros: Sequence[MicroBatch],
     device: torch.device,
 ) -> dict[str, float]:
-    """Means of ops.compare over the response tokens of the global batch and all teachers with a
-    full distribution.
+    """Means of ops.compare over the response tokens of the global batch and over all teachers with
+    a full distribution; empty if there are none.
 
     Args:
         forward: of the (possibly sharded) student, called once per micro-batch on every rank.
-        device: that of the student; one micro-batch at a time is moved to it.
+        device: the student's device, to which one micro-batch at a time is moved.
     """
-    # A process group of GPUs reduces nothing that lies in host memory.
+    # NCCL cannot reduce tensors in host memory.
     sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=device)
     for micro in micros:
         with torch.no_grad():
@@ -69,7 +69,7 @@ def teacher_distance(
 
 
 def _gradient(student: Student, micros: Iterable[MicroBatch], device: torch.device) -> list[Tensor]:
-    """Per parameter, fp32, summed over micro-batches and ranks."""
+    """The gradient at each parameter that trains, fp32, summed over micro-batches and ranks."""
     parameters = [p for p in student.parameters() if p.requires_grad]
     total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     for micro in micros:

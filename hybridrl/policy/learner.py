@@ -1,5 +1,5 @@
-"""One rank of the student's learner: DeepSpeed ZeRO 1-3 around forward, hybrid gradient and AdamW
-step.
+"""One rank of the student's learner: forward pass, hybrid gradient and AdamW step under DeepSpeed's
+ZeRO 1, 2 or 3.
 """
 
 import time
@@ -129,11 +129,11 @@ class Learner:
             )
 
     def configure(self, settings: RunSettings) -> None:
-        """Learn by other settings from here on: algorithm, teachers, learning rate, micro-batches.
-        The student stays.
+        """Use other settings from now on: algorithm, teachers, learning rate, micro-batches. The
+        student's weights are kept.
 
         Raises:
-            ConfigError: they need a value head, and the student was built without one.
+            ConfigError: the settings need a value head, and the student was built without one.
         """
         self.objective = make_objective(settings)
         if self.objective.needs.learner_values and self.engine.module.value_head is None:
@@ -155,15 +155,16 @@ class Learner:
         self.view = LearnerView(self.engine, self.passes, self.device)
 
     def keep_start(self) -> None:
-        """Keep a copy of the student as it is, with which `begin_job` begins."""
+        """Copy the student's present weights, from which each `begin_job` will start."""
         self.state.keep_start()
 
     def begin_job(self, settings: RunSettings) -> None:
-        """Learn in another job as a learner that is built with its settings does: from the kept
-        student, with an optimizer that has taken no step.
+        """Start another job, as a newly built learner would: with the weights that `keep_start`
+        copied and an optimizer that has taken no step.
 
         Args:
-            settings: which equal those of this learner where launch.worker_conditions says so.
+            settings: those of the job. The settings that launch.worker_conditions lists must equal
+                those of this learner.
         """
         self.state.back_to_start()
         self.optimizer_steps = 0
@@ -192,8 +193,11 @@ class Learner:
         """One optimizer step on this rank's groups: a batch that is a single mini-batch.
 
         Args:
-            groups: of each chunk, which of its groups belong to this rank.
-            values, raises: as in `learn`.
+            groups: for each chunk, the indices of its groups that belong to this rank.
+            values: as in `learn`.
+
+        Raises:
+            SkippedStep, NonFiniteError: as in `learn`.
         """
         return self.learn(BatchPlan.one_update(plan), (groups,), *values)
 
@@ -205,18 +209,20 @@ class Learner:
     ) -> LearnerStats:
         """The optimizer steps of one batch on this rank's groups.
 
-        An update whose gradient is NaN or infinite changes nothing. Of a batch with several
-        updates it is left out, and the batch goes on, with at most train.max_skipped in a row.
+        An update whose gradient is NaN or infinite is left out and changes nothing. If the batch
+        has further updates, they are made, unless more than train.max_skipped in a row were left
+        out.
 
         Args:
-            groups: of each mini-batch, of each chunk, which of its groups belong to this rank.
-            values: of each chunk its RolloutBatch, its Rewards and one TokenScores per teacher.
+            groups: for each mini-batch and each chunk, the indices of its groups that belong to
+                this rank.
+            values: for each chunk its RolloutBatch, its Rewards and one TokenScores per teacher.
 
         Raises:
-            SkippedStep: no update was made, since no gradient is finite; the rank's mini-batches
-                lie in run.dir/skipped.
+            SkippedStep: no update was made, since no gradient is finite; this rank's mini-batches
+                are in run.dir/skipped.
             NonFiniteError: more than train.max_skipped updates in a row were left out, or a loss
-                is not finite and the weights were stepped. The mini-batch lies there too.
+                is not finite and the weights were stepped. The mini-batch is in run.dir/skipped.
         """
         with self.peaks.phase("learn"):
             return self._learn(plan, groups, values)
@@ -274,7 +280,9 @@ class Learner:
     def _token_samples(
         self, plan: BatchPlan, batches: Sequence[Sequence[ScoredBatch]]
     ) -> tuple[TokenSample, ...]:
-        """Responses of the first mini-batch with student against teacher at each token."""
+        """A few responses of the first mini-batch, with student and teacher compared at each
+        token.
+        """
         model = self.settings.model
         return token_samples(
             batches[0],
@@ -289,26 +297,26 @@ class Learner:
         """The optimizer step of update `number` of a batch.
 
         Raises:
-            SkippedStep, NonFiniteError: as refuse_batch; loss or gradient is NaN or infinite.
+            SkippedStep, NonFiniteError: the loss or gradient is NaN or infinite; see refuse_batch.
         """
         mini = plan.mini_batches[plan.order[number]]
         failpoints.hit("learner.update", step=mini.step, rank=self.rank)
         tally = Tally(self.device)
-        # The pass that gave the old log-probs is also the view that the first update begins with.
+        # The pass that gave the old log-probs is also the forward pass before the first update.
         viewed = number == 0 and self.objective.needs.old_logprobs
         credits, micros = self._prepare(mini, batches, viewed=viewed)
         diagnostics = self._diagnostics(micros) if mini.diagnose and number == 0 else {}
-        version = mini.step if number == 0 else NO_VERSION  # no engine has the weights in between
+        version = mini.step if number == 0 else NO_VERSION  # engines get no weights between updates
         with dropout(self.model, self._seed(mini.step, number)):
             for micro in micros:
                 self._backward(micro, tally, version)
         count_credits(tally, credits)
         tally.reduce()
-        # Where no token counts, momentum and weight decay alone would move the weights.
+        # If no token has a weight, momentum and weight decay alone would still move the weights.
         learns = tally.totals()[TOKENS] > 0
         for group in self.engine.optimizer.param_groups:
             group["lr"] = mini.lr if learns else 0.0
-        self.engine.step()  # leaves everything as it was where a gradient is not finite
+        self.engine.step()  # changes nothing if a gradient is not finite
         grad_norm = float(self.engine.get_global_grad_norm())
         totals = tally.totals()
         if not (np.isfinite(totals["train/loss"]) and np.isfinite(grad_norm)):
@@ -326,9 +334,9 @@ class Learner:
         return Updated(plan=mini, tally=tally, grad_norm=grad_norm, diagnostics=diagnostics)
 
     def _check_skipped(self, plan: BatchPlan, in_a_row: int, error: SkippedStep) -> None:
-        """Raise where more updates in a row were left out than the batch may leave out.
+        """Raise NonFiniteError if more than train.max_skipped updates in a row were left out.
 
-        With a single update the batch itself is left out, and the controller counts it.
+        A batch of a single update is left out as a whole, and the controller counts it.
         """
         limit = self.settings.train.max_skipped
         if len(plan.order) > 1 and in_a_row > limit:
@@ -340,11 +348,10 @@ class Learner:
         groups: Sequence[Sequence[int]],
         *values: RolloutBatch | Rewards | TokenScores,
     ) -> LearnerStats:
-        """Measure this rank's groups of held-out data as `update` measures its batch; nothing is
-        learned.
+        """Measure this rank's groups of held-out data as `update` does, without learning.
 
         Args:
-            plan: its counts are those of the held-out data.
+            plan: with the counts of the held-out data.
             groups, values: as in `update`.
 
         Returns:
@@ -376,12 +383,12 @@ class Learner:
         return batches if self.shared is None else self.shared.scored(batches)
 
     def shared_scores(self, batch: RolloutBatch) -> list[TokenScores]:
-        """The scores of a batch by each of settings.shared_teachers."""
+        """The scores that each teacher of settings.shared_teachers gives the batch."""
         assert self.shared is not None, "the run has such teachers"
         return self.shared.answers(batch)
 
     def _base_head(self) -> Tensor:
-        """[V, H] the output embedding, which does not train; where it is sharded, a copy."""
+        """[V, H] the output embedding, which does not train; a whole copy if it is sharded."""
         weight = self.engine.module.head.weight
         if zero_stage(self.settings) < 3:
             return weight.detach()
@@ -394,7 +401,7 @@ class Learner:
         """The credit of this rank's groups, and the micro-batches of their tokens.
 
         Args:
-            viewed: the batches have the learner's columns by the present weights.
+            viewed: the batches already have the log-probs and values of the present weights.
         """
         if self.objective.needs.learner_view and not viewed:
             batches = self.view.with_own_columns(batches, plan.num_micro_batches)
@@ -441,22 +448,22 @@ class Learner:
         return metrics
 
     def logprob_gaps(self, *batches: RolloutBatch) -> list[float]:
-        """Mean |log p(y) - log mu(y)| of each batch's response tokens, as LearnerView has it."""
+        """Mean |log p(y) - log mu(y)| of each batch's response tokens, in nats; see LearnerView."""
         return self.view.logprob_gaps(batches)
 
     # -- memory ------------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Leave the device's memory to others, but for the weights: master weights and moments go
-        to host memory, buffers of gradients are dropped, and torch's own cache is emptied. Until
-        `acquire` the learner can look and send weights; it cannot learn, save or load.
+        """Free the device's memory except for the weights: master weights and moments move to host
+        memory, gradient buffers are dropped, and torch's cache is emptied. Until `acquire` the
+        learner can run forward passes and send weights, but not learn, save or load.
         """
         self.engine.empty_partition_cache()  # weights that ZeRO 3 has gathered for the next pass
         self.memory.release(*update_memory(self.engine.optimizer))
         torch.cuda.empty_cache()
 
     def acquire(self) -> None:
-        """The other end of `release`: the next update is the one that would have come."""
+        """Undo `release`; later updates are what they would have been without it."""
         self.memory.acquire()
 
     def _check_resident(self) -> None:
@@ -466,8 +473,8 @@ class Learner:
     # -- weights out -------------------------------------------------------------------------------
 
     def pack_weights(self, version: int) -> tuple[WeightManifest | None, np.ndarray | None]:
-        """The student's weights in its own dtype; rank 0 returns them, the others only help to
-        gather.
+        """The student's weights in its own dtype; (None, None) on all ranks but 0, which only help
+        to gather them.
         """
         with self.peaks.phase("sync"):
             return self.publisher.pack(version)
@@ -475,7 +482,7 @@ class Learner:
     def connect_engines(
         self, backend: str, master: tuple[str, int], call: Callable, num_engines: int
     ) -> None:
-        """Open vLLM's own nccl or ipc channel to the engines; every rank calls it, rank 0 sends."""
+        """Open vLLM's own nccl or ipc channel to the engines, over which rank 0 sends."""
         self.publisher.connect(
             backend,
             master,
@@ -485,30 +492,33 @@ class Learner:
         )
 
     def send_weights(self, version: int) -> int:
-        """Push the weights through that channel; when every engine serves them as this version,
-        returns the bytes that each one received.
+        """Send the weights through that channel, and wait until every engine serves them as this
+        version.
+
+        Returns:
+            The bytes that each engine received.
         """
         with self.peaks.phase("sync"):
             return self.publisher.send(version)
 
     def export(self, folder: str) -> None:
-        """Write the student as a Hugging Face folder (rank 0), with its value head where the run
-        has one.
+        """Write the student as a Hugging Face folder, with its value head if it has one. Rank 0
+        writes.
         """
         self.publisher.export(self.settings, Path(folder), self.weights_kind)
 
     # -- checkpoint --------------------------------------------------------------------------------
 
     def state_bytes(self) -> int:
-        """What begin_save will write on this rank, headers aside."""
+        """The bytes that begin_save will write on this rank, without headers."""
         return self.state.nbytes()
 
     def begin_save(self, folder: str) -> None:
-        """Begin to write this rank's pieces of the fp32 master weights and Adam moments, as they
-        are now, into a file of its own.
+        """Begin to write this rank's pieces of the present fp32 master weights and Adam moments
+        into a file of its own.
 
         Raises:
-            NonFiniteError: one of them is NaN or infinite.
+            NonFiniteError: a weight or moment is NaN or infinite.
         """
         self._check_resident()
         self.state.begin_save(Path(folder), background=self.settings.checkpoint.background)
@@ -517,16 +527,17 @@ class Learner:
         """The file of the last begin_save; None: it is still being written.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: the file cannot be written, or no save was begun.
         """
         return self.state.saved_file()
 
     def load_state(self, folder: str, optimizer_steps: int) -> None:
-        """The inverse of begin_save, from any number of ranks and any ZeRO stage. The files were
-        verified by the caller.
+        """Load what begin_save wrote on any number of ranks in any ZeRO stage. The caller has
+        verified the files.
 
         Raises:
-            CheckpointError: a file is missing or is none of ours, or the state is another model's.
+            CheckpointError: a file is missing or not a file of begin_save, or the state is of
+                another model.
         """
         self._check_resident()
         rank = self.settings.lora.rank
@@ -536,8 +547,8 @@ class Learner:
         self.optimizer_steps = optimizer_steps
 
     def _step_without_moving(self) -> None:
-        """Zero gradient, zero learning rate: DeepSpeed copies the master weights to those of the
-        forward pass, and creates Adam's moments, which it does at the first step only.
+        """Take a step with zero gradient and zero learning rate. DeepSpeed then copies the master
+        weights to those of the forward pass, and at its first step creates Adam's moments.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = 0.0
@@ -547,7 +558,7 @@ class Learner:
     # -- helpers -----------------------------------------------------------------------------------
 
     def _seed(self, step: int, update: int) -> int:
-        """Of the random numbers of one update of a step on this rank."""
+        """The seed of the random numbers of one update of a step on this rank."""
         entropy = (self.settings.run.seed, step, update, self.rank)
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
@@ -558,5 +569,5 @@ class Learner:
 
 
 def with_old_logprobs(batches: Sequence[ScoredBatch]) -> list[ScoredBatch]:
-    """The batches, whose learner's log-probs are those before the batch's first update."""
+    """The batches with their learner_logprobs as old_logprobs, those before the first update."""
     return [replace(batch, old_logprobs=batch.learner_logprobs) for batch in batches]

@@ -1,5 +1,5 @@
-"""What the learner computes of tokens that were sampled, by its weights as they are, without
-learning: their log-probs and values.
+"""Forward passes of the learner without learning: log-probs and values of sampled tokens by its
+present weights.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class ForwardPasses:
     """How the sequences of one rank are divided into forward passes.
 
     Args:
-        idle: one sequence of weight 0: what a rank runs while others still have sequences.
+        idle: one sequence of weight 0, which a rank runs while others still have sequences.
     """
 
     def __init__(self, train: TrainConfig, idle: MicroBatch) -> None:
@@ -29,8 +29,11 @@ class ForwardPasses:
         self.idle = idle
 
     def divided(self, sequences: Sequence[MicroBatch], count: int = 0) -> list[list[int]]:
-        """The indices of the sequences of each pass, and empty ones up to `count` passes; with
-        `count`, there are no more.
+        """The indices of the sequences of each pass.
+
+        Args:
+            count: fill up with empty passes to exactly this number, which must suffice; 0: as many
+                as needed.
         """
         passes = micro_batches(
             [s.num_tokens for s in sequences],
@@ -41,13 +44,13 @@ class ForwardPasses:
         return passes + [[]] * (count - len(passes))
 
     def collated(self, sequences: Sequence[MicroBatch]) -> MicroBatch:
-        """One forward pass; of the idle sequence where there is nothing to do."""
+        """The micro-batch of one forward pass; without sequences, that of the idle sequence."""
         return collate(sequences or [self.idle], packed=self.train.packing)
 
 
 class LearnerView:
-    """The view of one rank. Every method is called on all ranks together, each with its own
-    sequences, as ZeRO 3 gathers weights in each pass.
+    """The forward passes of one rank. Every method is called on all ranks together, each with its
+    own sequences, because ZeRO 3 gathers weights in each pass.
     """
 
     def __init__(
@@ -60,8 +63,8 @@ class LearnerView:
     def with_own_columns(
         self, batches: Sequence[ScoredBatch], num_micro_batches: int
     ) -> list[ScoredBatch]:
-        """The batches with log-probs and values by the present weights: one more forward pass, in
-        the micro-batches of the update.
+        """The batches with log-probs and values by the present weights. This is one more forward
+        pass, in the micro-batches of the update.
 
         Args:
             num_micro_batches: of the update, the same on every rank.
@@ -91,10 +94,10 @@ class LearnerView:
         return completed
 
     def logprob_gaps(self, batches: Sequence[RolloutBatch]) -> list[float]:
-        """Mean |log p(y) - log mu(y)| of each batch's response tokens in nats; NaN of no tokens.
+        """Mean |log p(y) - log mu(y)| of each batch's response tokens in nats; NaN without tokens.
 
         Args:
-            batches: this rank's own; another rank may have others, and another number of them.
+            batches: those of this rank; ranks may have different numbers of them.
         """
         passes = [
             (batch, [sequences[i] for i in indices])
@@ -116,15 +119,15 @@ class LearnerView:
         return logprobs.cpu()
 
     def _outputs(self, sequences: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """[R] log-probs and [R] values of one forward pass, on the device; of the idle sequence
-        where there are none.
+        """[R] log-probs and [R] values of one forward pass, on the device; those of the idle
+        sequence if there are no sequences.
         """
         micro = self.passes.collated(sequences).to(self.device)
         with torch.no_grad():
             return self.engine(*micro.arguments(), Look.view)
 
     def _most_on_a_rank(self, count: int) -> int:
-        """The largest of the ranks' counts."""
+        """The largest count of all ranks."""
         most = torch.tensor(count, device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most)

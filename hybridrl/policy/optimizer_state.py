@@ -1,5 +1,5 @@
-"""The optimizer's state of one rank: its pieces of the fp32 master weights and of Adam's moments,
-whichever ZeRO stage laid them out.
+"""The optimizer state of one rank: its pieces of the fp32 master weights and of Adam's moments, in
+the layout of any ZeRO stage.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,10 +45,11 @@ class OptimizerState:
     """Saves and loads this rank's share of the optimizer's state. Every rank has a file of its own.
 
     Args:
-        parameters: those whose fragments a checkpoint holds, StudentWeights.saved().
-        optimizer: DeepSpeed's, which steps them.
-        step_in_place: takes an optimizer step that moves nothing. DeepSpeed creates Adam's moments
-            in its first step, and copies the master weights to those of the forward pass in each.
+        parameters: the parameters that a checkpoint holds, StudentWeights.saved().
+        optimizer: DeepSpeed's optimizer of these parameters.
+        step_in_place: takes an optimizer step that does not move the weights. DeepSpeed creates
+            Adam's moments in its first step, and in every step it copies the master weights to
+            those of the forward pass.
     """
 
     def __init__(
@@ -62,19 +63,19 @@ class OptimizerState:
         self.start: dict[str, Tensor] = {}  # the master weights that keep_start has copied
 
     def nbytes(self) -> int:
-        """What `begin_save` will write on this rank, headers aside."""
+        """The bytes that `begin_save` will write on this rank, without headers."""
         masters = local_fragments(self.parameters, [MASTER])
         return sum(t.nbytes for f in masters for t in f.tensors.values()) * len(PARTS)
 
     def begin_save(self, folder: Path, *, background: bool) -> None:
-        """Begin to write this rank's pieces, as they are now, into a file of its own.
+        """Begin to write this rank's present pieces into a file of its own.
 
         Args:
-            background: write a copy of them in another thread, so that the next step may begin;
-                else they are written when this returns.
+            background: write a copy of them in another thread, so that the next step can begin;
+                otherwise wait until they are written.
 
         Raises:
-            NonFiniteError: one of them is NaN or infinite.
+            NonFiniteError: a weight or moment is NaN or infinite.
         """
         fragments = local_fragments(self.parameters)
         check_finite(fragments)
@@ -90,21 +91,22 @@ class OptimizerState:
         """The file of the last `begin_save`; None: it is still being written.
 
         Raises:
-            CheckpointError: it cannot be written, or no save was begun.
+            CheckpointError: the file cannot be written, or no save was begun.
         """
         if self.saving is None:
             raise CheckpointError("no save was begun on this rank since it started")
         return self.saving.result() if self.saving.done() else None
 
     def load(self, folder: Path, steps: int, model: str) -> None:
-        """The inverse of `begin_save`, from any number of ranks and any ZeRO stage.
+        """Load what `begin_save` wrote on any number of ranks in any ZeRO stage.
 
         Args:
             steps: how many steps the optimizer had taken.
-            model: what an error calls the student's model, model.path.
+            model: the name of the student's model in an error, model.path.
 
         Raises:
-            CheckpointError: a file is missing or is none of ours, or the state is another model's.
+            CheckpointError: a file is missing or not a file of `begin_save`, or the state is of
+                another model.
         """
         reader = FragmentReader(folder)
         check_model(self.parameters, reader, folder, model)
@@ -115,14 +117,16 @@ class OptimizerState:
         set_adam_steps(self.optimizer, steps)
 
     def keep_start(self) -> None:
-        """Copy the master weights, for `back_to_start`: 4 bytes a parameter of the host's memory,
+        """Copy the master weights to host memory for `back_to_start`: 4 bytes per parameter,
         divided among the ranks.
         """
         masters = [copied(fragment) for fragment in local_fragments(self.parameters, [MASTER])]
         self.start = {fragment.name: fragment.tensors[MASTER] for fragment in masters}
 
     def back_to_start(self) -> None:
-        """The state that the optimizer had at `keep_start`, where it had taken no step."""
+        """Restore the master weights that `keep_start` copied, with an optimizer that has taken no
+        step.
+        """
         for name, masters in self.start.items():
             set_local_values(self.parameters[name], MASTER, masters)
         self.step_in_place()
@@ -147,15 +151,15 @@ def write_sealed(folder: Path, rank: int, world: int, fragments: Sequence[Fragme
 
 
 def copied(fragment: Fragment) -> Fragment:
-    """A copy on the CPU, in memory of its own."""
+    """A copy of the fragment in its own memory on the CPU."""
     tensors = {part: t.detach().to("cpu", copy=True) for part, t in fragment.tensors.items()}
     return replace(fragment, tensors=tensors)
 
 
 def local_fragments(parameters: Parameters, parts: Sequence[str] = PARTS) -> list[Fragment]:
-    """This rank's pieces, as views where the optimizer's own memory is on CPU.
+    """This rank's pieces, as views if the optimizer's memory is on the CPU.
 
-    A parameter of which the rank holds nothing has none.
+    A parameter of which the rank holds nothing has no piece.
     """
     fragments = []
     for name, parameter in parameters.items():
@@ -182,7 +186,7 @@ def check_model(parameters: Parameters, reader: FragmentReader, folder: Path, mo
     The state may hold more, such as a value head that the algorithm no longer needs.
 
     Raises:
-        CheckpointError: a parameter is missing there, or has another shape.
+        CheckpointError: the saved state lacks a parameter, or has it in another shape.
     """
     differing = [
         name
@@ -200,7 +204,7 @@ def check_finite(fragments: Sequence[Fragment]) -> None:
     """Refuse to save numbers that are NaN or infinite.
 
     Raises:
-        NonFiniteError: some weight or moment is; names its parameter.
+        NonFiniteError: a weight or moment is; the error names its parameter.
     """
     for fragment in fragments:
         for part, tensor in fragment.tensors.items():
@@ -212,13 +216,13 @@ def check_finite(fragments: Sequence[Fragment]) -> None:
 
 
 # -- the two layouts -------------------------------------------------------------------------------
-# ZeRO-3 gives rank r elements r*s ... (r+1)*s-1 of every parameter, s = ceil(size / ranks); the
-# last are padding. ZeRO-1 and ZeRO-2 cut all parameters, laid end to end, into one stretch a rank:
-# a rank holds some of them whole, at most two in part, and most not at all.
+# ZeRO-3 gives rank r elements r*s ... (r+1)*s-1 of every parameter, s = ceil(size / ranks), padded
+# at the end. ZeRO-1 and ZeRO-2 lay all parameters end to end and give each rank one contiguous
+# part: a rank holds some parameters whole, at most two in part, and most not at all.
 
 
 def span(parameter: nn.Parameter) -> tuple[int, int]:
-    """(offset, length) of what this rank holds of the flattened parameter."""
+    """(offset, length) of this rank's piece of the flattened parameter."""
     if not is_sharded(parameter):
         return fragment_span(parameter)
     size = prod(whole_shape(parameter))
@@ -228,7 +232,7 @@ def span(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def local_values(parameter: nn.Parameter, part: str) -> Tensor:
-    """[at least length] float32, padding included."""
+    """This rank's piece of a parameter, [at least length] float32, with its padding."""
     if not is_sharded(parameter):
         return fragment_values(parameter, None if part == MASTER else part)
     if part == MASTER:
@@ -237,7 +241,7 @@ def local_values(parameter: nn.Parameter, part: str) -> Tensor:
 
 
 def set_local_values(parameter: nn.Parameter, part: str, values: Tensor) -> None:
-    """Overwrite what this rank holds with `values`, [length] float32; padding becomes 0."""
+    """Overwrite this rank's piece with `values`, [length] float32; padding becomes 0."""
     current = local_values(parameter, part)
     padded = torch.zeros_like(current)
     padded[: len(values)] = values.to(current.device)

@@ -1,4 +1,4 @@
-"""Teachers that the learner scores for: its own weights with the adapters switched off."""
+"""Teachers whose scores the learner computes with its own weights, the adapters switched off."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,9 +30,10 @@ class Base:
     ) -> None:
         """
         Args:
-            forward: of the (possibly sharded) student around the model.
-            head: [V, H] its output embedding, whole and on the device.
-            together: every forward pass is one of all ranks, as ZeRO 3 gathers weights in it.
+            forward: of the (possibly sharded) Student that contains the model.
+            head: [V, H] the model's output embedding, whole and on the device.
+            together: all ranks must run each forward pass together, because ZeRO 3 gathers weights
+                in it.
         """
         self.forward = forward
         self.model = model
@@ -54,8 +55,8 @@ class Base:
         return states.reshape(*input_ids.shape, -1)
 
     def wait_for_others(self) -> None:
-        """Take part in the forward passes of the ranks that have more of them. Every rank calls it
-        after its own.
+        """Run forward passes until every rank has finished its own. Every rank calls this after its
+        last pass.
         """
         token = torch.ones(1, 1, dtype=torch.int64, device=self.head.device)
         while self.together and self._is_any_busy(False):
@@ -69,9 +70,9 @@ class Base:
 
 
 class SharedTeachers:
-    """The scored teachers with share_base, and their scores.
+    """The scored teachers with share_base, which the learner scores itself.
 
-    A batch is scored in the learner just before it is learned from, by the code of the scorers.
+    It scores a batch with a Scorer of its own just before it learns from the batch.
     """
 
     def __init__(self, settings: RunSettings, evidence: Sequence[Evidence], base: Base) -> None:
@@ -94,8 +95,8 @@ class SharedTeachers:
         }
 
     def scored(self, batches: Sequence[ScoredBatch]) -> list[ScoredBatch]:
-        """The batches with the scores of these teachers too, in the order of all scored teachers.
-        Every rank calls it together with the others.
+        """The batches with the scores of all scored teachers in their order, those of these
+        teachers inserted. All ranks call this together.
         """
         whole = [replace(batch, scores=self._scores(batch)) for batch in batches]
         self.base.wait_for_others()
@@ -108,7 +109,7 @@ class SharedTeachers:
         return tuple(scores)
 
     def answers(self, batch: RolloutBatch) -> list[TokenScores]:
-        """The scores of a batch alone, by teacher. Every rank calls it together with the others."""
+        """The scores of a batch, one for each of these teachers. All ranks call this together."""
         scores = [scorer.scores(batch) for scorer in self.scorers.values()]
         self.base.wait_for_others()
         return scores

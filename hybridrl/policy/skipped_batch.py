@@ -1,5 +1,5 @@
-"""A batch whose gradient or loss is not finite: the error that says what to change, and a file for
-a look at the batch later.
+"""A batch whose gradient or loss is not finite: the error that says what to change, and the file
+that keeps the batch for inspection.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,8 @@ def refuse_batch(
         stepped: whether the optimizer has stepped the weights.
 
     Raises:
-        SkippedStep: nothing was stepped.
-        NonFiniteError: the weights were.
+        SkippedStep: the weights were not stepped.
+        NonFiniteError: the weights were stepped.
     """
     several = len(plan.order) > 1
     name = f"step_{plan.step:06d}" + (f"-update{number}" if several else "")

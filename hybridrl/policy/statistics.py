@@ -1,8 +1,8 @@
 """What the learner counts over micro-batches, updates and ranks, and the metrics of the global
-batch made of it.
+batch that it computes from the counts.
 
-Names with a slash are metrics, explained in hybridrl.tracking.glossary; the others are parts of
-some.
+Names with a slash are metrics, explained in hybridrl.tracking.glossary; the others are
+intermediate sums from which metrics are computed.
 """
 
 import math
@@ -24,7 +24,7 @@ TOKEN_KL = "kl/token"
 SEQUENCE_KL = "kl/sequence"
 LOGPROB_GAP = "policy/logprob_gap"
 SPARSE_SQ = "sparse_sq"
-"""Counted under one name, so that LearnerStats cannot look for another."""
+"""A constant, so that count_micro and learner_stats use the same name."""
 
 TOKENS = "tokens"
 SUMS = ("train/loss", TOKENS, "dense_sq", SPARSE_SQ, "dense_sparse")
@@ -72,29 +72,33 @@ HELDOUT = {
     "pair/accuracy": "eval/pair_accuracy",
     "pair/margin": "eval/pair_margin",
 }
-"""Which total becomes which eval metric. If two map to one key, the later wins: for pairs the real
-loss replaces the surrogate, whose value means nothing.
+"""Total -> eval metric. If two totals map to one metric, the later wins: for pairs the real loss
+replaces the surrogate loss, whose value has no meaning.
 """
 
 
 class Tally:
     """Named sums, means and maxima of numbers that are spread over micro-batches and ranks.
 
-    Example: add("kl/token", [1, 3]) on one rank and add("kl/token", [5]) on another: {"kl/token":
-    3.0} on both.
+    Example: after add("kl/token", [1, 3]) on one rank, add("kl/token", [5]) on another and
+    reduce(), totals() contains {"kl/token": 3.0} on both.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.sums = {
             name: torch.zeros(2, dtype=torch.float64, device=device) for name in SUMS + MEANS
-        }  # of values, and their number
+        }  # the sum of the values, and their number
         self.maxima = {
             name: torch.full((), -torch.inf, dtype=torch.float64, device=device) for name in MAXIMA
         }
 
     def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
-        """Count values of any shape and dtype; where: bool of the same shape, None counts all."""
+        """Count values of any shape and dtype.
+
+        Args:
+            where: bool of the same shape, which values to count; None: all.
+        """
         values = values.detach().to(self.device, torch.float64).flatten()
         where = (
             torch.ones_like(values, dtype=torch.bool)
@@ -111,7 +115,9 @@ class Tally:
             )
 
     def reduce(self) -> None:
-        """Join the counts of all ranks, so that they are equal on each. Every rank must call it."""
+        """Combine the counts of all ranks; afterwards every rank has the same. All ranks call it
+        together.
+        """
         sums = torch.stack(list(self.sums.values()))
         maxima = torch.stack(list(self.maxima.values()))
         dist.all_reduce(sums)
@@ -120,7 +126,7 @@ class Tally:
         self.maxima = dict(zip(self.maxima, maxima, strict=True))
 
     def totals(self) -> dict[str, float]:
-        """The sums, means and maxima; means and maxima of nothing are left out."""
+        """The sums, means and maxima by name, without means and maxima of no values."""
         sums = torch.stack(list(self.sums.values()))
         maxima = torch.stack(list(self.maxima.values()))
         totals = {}
@@ -135,9 +141,9 @@ class Tally:
 
     @staticmethod
     def over_updates(tallies: Sequence["Tally"]) -> "Tally":
-        """The counts of several updates as one: sums are means over the updates, but for the number
-        of tokens, which adds up; means are over the tokens of all updates, and maxima are the
-        largest.
+        """The counts of several updates as one Tally: a sum is the mean over the updates, except
+        that numbers of tokens are added; a mean is over the tokens of all updates; a maximum is
+        the largest.
         """
         joined = Tally(tallies[0].device)
         for name in joined.sums:
@@ -156,7 +162,7 @@ class Updated:
     plan: UpdatePlan
     tally: Tally
     grad_norm: float  # at the parameters, before clipping
-    diagnostics: Mapping[str, float]  # of policy.diagnostics; empty where they were not ordered
+    diagnostics: Mapping[str, float]  # of policy.diagnostics; empty unless the plan asked for them
 
 
 def count_micro(
@@ -169,12 +175,13 @@ def count_micro(
     has_old: bool = False,
     by_sequence: bool = False,
 ) -> None:
-    """Count one micro-batch; tokens of weight 0 count nowhere.
+    """Count one micro-batch; means and maxima leave out tokens of weight 0.
 
     Args:
-        version: of the weights that learn; NO_VERSION: no engine has these.
-        by_sequence: the ratio is that of sequences, whose bounds the objective watches.
+        version: the version of the weights that learn; NO_VERSION: no engine has these weights.
         has_old: the columns have the log-probs of the learner before the batch's first update.
+        by_sequence: the ratio is that of whole sequences; the objective counts how many tokens its
+            bounds affect (Credit.watched).
     """
     device = stats.logprobs.device
     live = (micro.columns.token_weight > 0).to(device)
@@ -213,9 +220,9 @@ def count_micro(
 
 
 def count_divergence(tally: Tally, stats: HeadStats, micro: MicroBatch, live: Tensor) -> None:
-    """Count the divergence from the teachers, as with a total weight of 1, so that a schedule of
-    the weights can follow it: of the tokens that a teacher compares, and of the sequences with such
-    tokens.
+    """Count the divergence from the teachers per token that a teacher scores, and per sequence with
+    such tokens. It is divided by the sum of the teacher weights, so that a schedule of these
+    weights can depend on it.
     """
     total = torch.stack([teacher.weight for teacher in micro.teachers]).sum(0).to(live.device)
     compared = live & (total != 0)
@@ -231,8 +238,9 @@ def count_divergence(tally: Tally, stats: HeadStats, micro: MicroBatch, live: Te
 def count_ratio(
     tally: Tally, stats: HeadStats, micro: MicroBatch, live: Tensor, version: int
 ) -> None:
-    """Count rho = p(y) / mu(y): of all tokens that a model sampled; sampler against learner where
-    the student did, their gap where it was with the very weights that learn.
+    """Count rho = p(y) / mu(y) over the tokens that a model sampled (not those of the data), the KL
+    between sampler and learner over the student's tokens, and their gap |log p - log mu| over the
+    student's tokens that were sampled with the weights that learn.
     """
     student, data = (
         torch.tensor([s is source for s in micro.sources])[micro.owner].to(live.device)
@@ -253,14 +261,14 @@ def count_ratio(
 
 
 def count_credits(tally: Tally, credits: Sequence[Credit]) -> None:
-    """Count what the objective watches, which is known before the head pass."""
+    """Count the numbers that the objective computed before the head pass, Credit.watched."""
     for credit in credits:
         for name, values in credit.watched.items():
             tally.add(name, values)
 
 
 def quarters(micro: MicroBatch) -> Tensor:
-    """[R] int64, 0 ... 3: in which quarter of its response a token stands."""
+    """[R] int64, 0 ... 3: the quarter of its response in which each token is."""
     owner = micro.owner
     lengths = torch.bincount(owner, minlength=len(micro.sources))
     position = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
@@ -268,8 +276,8 @@ def quarters(micro: MicroBatch) -> Tensor:
 
 
 def remedy(totals: Mapping[str, float]) -> str:
-    """What to change after a step whose loss or gradient is not finite, by the first mean of the
-    batch that is not finite.
+    """What to change after a step whose loss or gradient is not finite. The advice depends on the
+    first of the batch's means that is not finite.
 
     Args:
         totals: of Tally.totals.
@@ -341,7 +349,7 @@ def learner_stats(
 
     Args:
         totals: of Tally.over_updates.
-        metrics: what is reported of the batch.
+        metrics: the metrics of the batch that are reported.
         learn_s: seconds that this rank took.
         optimizer_steps, left_out, unlearned: as in LearnerStats.
     """

@@ -1,5 +1,5 @@
-"""The student as one module: body and head, so that a sharded run gathers every parameter inside a
-forward call.
+"""The student as one module of body and head, so that a sharded run gathers every parameter inside
+a forward call.
 """
 
 from enum import StrEnum
@@ -22,16 +22,18 @@ from hybridrl.weights.library_internals import whole_shape
 
 
 class Look(StrEnum):
-    """What a forward pass is for."""
+    """What a forward pass computes."""
 
     learn = "learn"  # -> the loss, and HeadStats
-    view = "view"  # -> log p(y) [R] and values [R]; nothing is learned
-    # -> [1 + len(COMPARED)] float64 sums over tokens, the first their number; nothing is learned
+    view = "view"  # -> log p(y) [R] and values [R], without a loss
+    # -> [1 + len(COMPARED)] float64, of kernels.head.compared_sums, without a loss
     compare = "compare"
 
 
 class OutputHead(nn.Module):
-    """Owns the output embedding (shared with the input embedding when the model ties them)."""
+    """The output embedding (shared with the input embedding if the model ties them) and its
+    passes.
+    """
 
     def __init__(self, weight: nn.Parameter, rule: HeadRule) -> None:
         super().__init__()
@@ -52,13 +54,15 @@ class OutputHead(nn.Module):
 
 
 class Student(nn.Module):
-    """forward(tokens, what the objective asks) -> loss. Nothing outside calls the submodules."""
+    """The module that DeepSpeed wraps: body, output head and value head in one forward call. Code
+    outside never calls the submodules.
+    """
 
     def __init__(self, model: PreTrainedModel, rule: HeadRule, *, with_value: bool) -> None:
         super().__init__()
         self.body = model.base_model
         self.head = OutputHead(output_weight(model), rule)
-        self.value_head: nn.Linear | None = None  # None: no objective of this run looks at values
+        self.value_head: nn.Linear | None = None  # None: the objective uses no values
         if with_value:
             # Under ZeRO 3 the weight is partitioned already and has no shape of its own.
             _, width = whole_shape(self.head.weight)
@@ -75,8 +79,10 @@ class Student(nn.Module):
         columns: TokenColumns,
         look: Look | None = Look.learn,
     ) -> tuple[Tensor, HeadStats | Tensor | None]:
-        """Takes the arguments that MicroBatch.arguments gives; returns what `look` says; with None
-        the hidden states [R, H] alone.
+        """Run one micro-batch; the arguments are MicroBatch.arguments and `look`.
+
+        Returns:
+            What `look` says; if `look` is None, the hidden states [R, H] and None.
         """
         hidden = self.body(
             input_ids=input_ids,

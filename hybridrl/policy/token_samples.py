@@ -1,7 +1,7 @@
-"""Student against teacher at each token of a few responses of a batch, for the report.
+"""Student and teacher compared at each token of a few responses of a batch, for the report.
 
-Nothing is computed by the student: log pi is that of the sampler, and log q comes from what the
-teacher sent.
+The student runs no pass for this: log pi is the sampler's, and log q comes from what the teacher
+sent.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def token_samples(
     teacher scored. Each is compared with the first teacher that scores its prompt.
 
     Args:
-        batches: this rank's own.
+        batches: the batches of this rank.
         plan: of their mini-batch.
     """
     samples: list[TokenSample] = []
@@ -56,7 +56,7 @@ def _sample(
     *,
     step: int,
 ) -> TokenSample:
-    """The first response of a batch against one of its teachers."""
+    """The first response of a batch compared with one of its teachers."""
     rollout = batch.rollout
     scores = batch.scores[teacher]
     length = int(rollout.response_lengths[0])

@@ -46,13 +46,13 @@ def join_ranks(
 
 
 def sharded_model(settings: RunSettings, config: dict[str, Any]) -> PreTrainedModel:
-    """The student as transformers loads it; with ZeRO-3 this rank's shard of each weight.
+    """The student as transformers loads it; with ZeRO-3, this rank's shard of each weight.
 
     Args:
-        config: of DeepSpeed.
+        config: DeepSpeed's settings.
     """
     model = settings.model
-    # transformers shards each weight as it loads it for as long as this object is alive.
+    # While this object is alive, transformers shards each weight as it loads it.
     sharding = HfDeepSpeedConfig(config) if zero_stage(settings) == 3 else None
     loaded = load_model(model.path, model.dtype, model.revision, attention=model.attention)
     del sharding
@@ -60,8 +60,8 @@ def sharded_model(settings: RunSettings, config: dict[str, Any]) -> PreTrainedMo
 
 
 def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.device) -> None:
-    """Set products, attention, recomputation and compilation of the decoder layers as this learner
-    needs them.
+    """Set the dtype of products, the attention, recomputation and compilation of the decoder layers
+    according to the settings and the device.
     """
     train = settings.train
     set_products(model, train.products, device)
@@ -73,28 +73,29 @@ def set_layers(model: PreTrainedModel, settings: RunSettings, device: torch.devi
     if settings.learner.gradient_checkpointing:
         checkpoint_activations(model)
     elif chooses and zero_stage(settings) < 3 and not settings.lora.dropout:
-        # ZeRO 3 gathers parameters inside of layers, and dropout would need further graphs.
+        # Not with ZeRO 3, which gathers parameters inside of layers, nor with dropout, which would
+        # need further graphs.
         bare = bool(settings.shared_teachers)
         compile_layers(model, tokens=tokens, packed=train.packing, learns=True, bare=bare)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute the layers in the backward pass.
+    """Recompute the activations of the layers in the backward pass.
 
     The model stays in evaluation mode, without dropout. Only the layers that transformers wraps for
-    this are switched to training, because they would not recompute otherwise, and switched back
-    while they compute, because some of them (OPT's) then drop out by a rate of their own.
+    recomputation are set to training mode, because they recompute in no other mode. They are set
+    back while they compute, because some (OPT's) have a dropout of their own in training mode.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in wrapped_layers(model):
         layer.training = True
         layer.register_forward_pre_hook(lambda layer, _: _set_training(layer, False))
-        # Also where torch ends the second pass early, by an exception.
+        # Always, because torch may end the second pass early by an exception.
         layer.register_forward_hook(lambda layer, *_: _set_training(layer, True), always_call=True)
 
 
 def _set_training(layer: nn.Module, training: bool) -> None:
-    """Of the layer itself; the modules in it keep their mode."""
+    """Set the mode of the layer itself; the modules in it keep theirs."""
     layer.training = training
 
 
@@ -107,22 +108,23 @@ def adam(parameters: Sequence[nn.Parameter], settings: RunSettings) -> torch.opt
         lr=train.lr,
         betas=(first, second),
         weight_decay=train.weight_decay,
-        fused=True,  # one pass over the memory, where the default makes one for each operation
+        fused=True,  # one pass over the memory instead of one for each operation
     )
 
 
 def deepspeed_config(settings: RunSettings, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's settings: ZeRO with micro-batches of our own size and one step() per batch.
+    """DeepSpeed's settings: ZeRO, with micro-batches that this package makes and one step() per
+    update.
 
-    Gradients are summed, and never averaged over micro-batches.
+    Gradients are summed over micro-batches, never averaged.
 
     Args:
-        device: of the rank. On a GPU the ranks communicate while it computes where DeepSpeed allows
-            it, in stages 2 and 3; on a CPU that would only take the cores.
+        device: of the rank. On a GPU, communication overlaps with computation in the stages in
+            which DeepSpeed allows it, 2 and 3; on a CPU it would only compete for the cores.
     """
     stage = zero_stage(settings)
-    # With one rank and stage 1 nothing is summed, so nothing need be widened for it, divided and
-    # narrowed again.
+    # With one rank and stage 1 nothing is summed, so gradients need not be converted to fp32 and
+    # back.
     alone = settings.learner.ranks == 1 and stage == 1
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -137,11 +139,11 @@ def deepspeed_config(settings: RunSettings, device: torch.device) -> dict[str, A
             **offloaded(settings.learner.offload),
         },
         "zero_allow_untested_optimizer": True,
-        # Offloaded, the optimizer is torch's AdamW as well, on the CPU: DeepSpeed's own is compiled
-        # at its first use, and rounds in another way.
+        # An offloaded optimizer is torch's AdamW too, on the CPU: DeepSpeed's own is compiled at
+        # its first use, and rounds differently.
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": settings.model.dtype == "bfloat16"},
-        # Sums over ranks, and over micro-batches where gradients are sharded, in fp32 whatever the
+        # Sum over ranks, and over micro-batches if gradients are sharded, in fp32 whatever the
         # model's dtype.
         **({} if alone else {"communication_data_type": "fp32"}),
         **({"data_types": {"grad_accum_dtype": "fp32"}} if stage > 1 else {}),
@@ -151,7 +153,7 @@ def deepspeed_config(settings: RunSettings, device: torch.device) -> dict[str, A
 
 
 def offloaded(offload: Offload) -> dict[str, Any]:
-    """The part of DeepSpeed's ZeRO settings that moves memory to the host."""
+    """The part of DeepSpeed's ZeRO settings that offloads to host memory."""
     host = {"device": "cpu", "pin_memory": True}
     match offload:
         case Offload.none:
@@ -163,11 +165,11 @@ def offloaded(offload: Offload) -> dict[str, Any]:
 
 
 def bucket_numbers(settings: RunSettings) -> int:
-    """Numbers of the buffer in which DeepSpeed puts gradients side by side to sum them.
+    """The size, in numbers, of the buffer in which DeepSpeed sums gradients.
 
-    It reserves all of it at every step, by default 2 GB. For a smaller model that is wasted, and on
-    a CPU, where freed memory is retained, later activations then touch ever new pages of the hole
-    that it leaves: the tiny model's learner grew by 0.5 GB in its second step.
+    DeepSpeed allocates the whole buffer at every step, by default 2 GB. For a small model most of
+    it is wasted. On a CPU the freed memory stays with the process, and later activations touch
+    more and more of its pages: the tiny model's learner grew by 0.5 GB in its second step.
     """
     model = load_layout(settings.model.path, settings.model.revision, setting="model.path")
     trained = weights_kind(settings)(model, None).trained()

@@ -1,4 +1,4 @@
-"""The student's weights on their way out of the learner: to the engines, and into an export."""
+"""Sends the student's weights from the learner to the engines, and exports them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Sender(Protocol):
-    """vLLM's side of the learner in its own nccl or ipc channel."""
+    """The learner's end of vLLM's nccl or ipc channel, an object of vLLM."""
 
     def send_weights(self) -> None: ...
 
@@ -28,7 +28,8 @@ class Sender(Protocol):
 class WeightPublisher:
     """Sends the weights to engines, and writes them as a Hugging Face folder.
 
-    Every method is called on all ranks together, which help to gather; rank 0 alone has the result.
+    Every method is called on all ranks together, since all help to gather the weights; only rank 0
+    has the result.
     """
 
     def __init__(self, weights: StudentWeights, gather: Gather, *, rank: int) -> None:
@@ -56,7 +57,7 @@ class WeightPublisher:
         num_engines: int,
         tensor_parallel: int,
     ) -> None:
-        """Open vLLM's own nccl or ipc channel to these engines, in the place of the one before."""
+        """Open vLLM's own nccl or ipc channel to these engines; it replaces an earlier one."""
         from hybridrl.weights.vllm_transfer import EngineClient, trainer_engine
 
         if self.sender is not None:
@@ -65,8 +66,11 @@ class WeightPublisher:
         self.sender = trainer_engine(backend, self.rank, master, self.client, self.stream)
 
     def send(self, version: int) -> int:
-        """Push the weights through that channel; when every engine serves them as this version,
-        returns the bytes that each one received.
+        """Send the weights through that channel, and wait until every engine serves them as this
+        version.
+
+        Returns:
+            The bytes that each engine received.
         """
         assert self.client is not None and self.sender is not None, "connect() comes first"
         self.client.version = version
@@ -74,7 +78,7 @@ class WeightPublisher:
         return self.stream.nbytes
 
     def export(self, settings: RunSettings, folder: Path, kind: WeightsKind) -> None:
-        """Write the exported tensors as a Hugging Face folder, with everything else of the model
+        """Write the exported tensors as a Hugging Face folder, with all other files of the model
         that training started from.
         """
         state: dict[str, Tensor] = {}
