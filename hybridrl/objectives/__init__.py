@@ -1,6 +1,4 @@
-"""Objectives: what each token of a scored batch is worth. The online one has every method as a
-preset.
-"""
+"""Objectives: they compute the coefficients of each token of a scored batch in the gradient."""
 
 from hybridrl.objectives.credit import Objective
 from hybridrl.objectives.hybrid import HybridObjective
@@ -9,7 +7,7 @@ from hybridrl.settings.run import RunSettings
 
 
 def make_objective(settings: RunSettings) -> Objective:
-    """Pairs where a pair loss is set, returns otherwise."""
+    """The objective on pairs if the settings rank pairs, otherwise the online objective."""
     if settings.algorithm.ranks_pairs:
         return PairObjective(settings.algorithm)
     return HybridObjective(

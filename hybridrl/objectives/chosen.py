@@ -1,5 +1,5 @@
-"""The advantage estimator, token weight and pair loss that the settings name, built in or from a
-user's file.
+"""Loads the advantage estimator, token weight and pair loss that the settings name: built-in ones
+or those of a user's file.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ def chosen_token_weight(algorithm: AlgorithmConfig) -> TokenWeight:
 
 
 def chosen_pair_loss(pair: PairConfig) -> PairLoss:
-    """The loss that algorithm.pair.loss names; the run ranks pairs.
+    """The loss that algorithm.pair.loss names, for a run that ranks pairs.
 
     Raises:
         ConfigError: a user's file cannot be loaded, or what it defines is not a PairLoss.
@@ -49,7 +49,12 @@ def chosen_pair_loss(pair: PairConfig) -> PairLoss:
 
 
 def _made(setting: str, name: str, base: type, method: str) -> Any:
-    """An object of a user's class."""
+    """An instance of the class `name`, "file.py:Class", of a user.
+
+    Raises:
+        ConfigError: the file cannot be loaded; the class does not inherit from `base` or does not
+            define `method`; it cannot be instantiated without arguments.
+    """
     field = f"{setting}={name}"
     loaded = load_from_file(field, name)
     if not isinstance(loaded, type) or base not in loaded.__mro__:

@@ -1,4 +1,4 @@
-"""What an objective gives each response token before the head pass."""
+"""The coefficients that an objective computes for each response token before the head pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,38 +14,40 @@ from hybridrl.types import ScoredBatch, UpdatePlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
-    """What each of R response tokens of a batch is worth, in batch order."""
+    """The coefficients of the R response tokens of a batch, in batch order."""
 
     # R rows; its sparse column is cost minus baseline, before standardisation and nll
     columns: TokenColumns
     teacher_weights: tuple[Tensor, ...]  # of each scored teacher [N], w_i of each sequence
-    # metric -> the numbers, of any shape, of which a step's row has the mean or maximum
+    # metric -> numbers of any shape, whose mean or maximum over the step is reported
     watched: Mapping[str, Tensor]
     nll: float = 0.0  # weight of -log p(y) itself
-    # False: text of the data, whose sparse term is 0 and not to be standardised
+    # False: responses of the data, whose sparse term is 0 and must not be standardised
     has_returns: bool = True
 
     def standardised(self, mean: Tensor, std: Tensor) -> "Credit":
-        """With the sparse column in units of the batch's deviation from its mean."""
+        """A copy whose sparse column x is (x - mean) / std; unchanged without returns."""
         if not self.has_returns:
             return self
         sparse = (self.columns.sparse - mean) / (std + 1e-8)
         return replace(self, columns=self.columns._replace(sparse=sparse))
 
     def learned(self, dtype: torch.dtype) -> TokenColumns:
-        """The columns as the head pass reads them: with the likelihood's weight, in `dtype`."""
+        """The columns as the head pass reads them: in `dtype`, with the weight of -log p(y)
+        subtracted from the sparse column.
+        """
         return self.columns._replace(sparse=self.columns.sparse - self.nll).to(dtype)
 
 
 class Objective(Protocol):
-    """Turns a scored batch into credit. It never sees logits."""
+    """Turns a scored batch into credit, without logits."""
 
     needs: Needs
-    # The sparse column is to be standardised over all live tokens of the global batch.
+    # Whether the sparse column is standardised over all live tokens of the global batch.
     standardises: bool
 
     def credit(self, batch: ScoredBatch, plan: UpdatePlan) -> Credit:
-        """The batch has the learner's columns where `needs` names one of them."""
+        """The credit of a batch, which has the learner's log-probs or values if `needs` says so."""
         ...
 
 
@@ -61,9 +63,10 @@ def assign_credit(
     plan: UpdatePlan,
     sum_over_ranks: SumOverRanks = lambda sums: sums,
 ) -> list[Credit]:
-    """The credit of one rank's batches, standardised over the global batch where that is asked.
+    """The credit of one rank's batches, standardised over the global batch if the objective says
+    so.
 
-    Every rank calls it, also one without a batch.
+    Every rank must call this, even one without a batch.
     """
     credits = [objective.credit(batch, plan) for batch in batches]
     if not objective.standardises:
@@ -76,7 +79,7 @@ def assign_credit(
 
 def moments(credits: Sequence[Credit]) -> Tensor:
     """[3] float64: count, sum and sum of squares of the sparse column over live tokens that have
-    returns. They add up over ranks.
+    returns. The moments of all ranks are the sum of each rank's.
     """
     parts = [c.columns.sparse[c.columns.token_weight > 0] for c in credits if c.has_returns]
     live = torch.cat([torch.zeros(0), *parts]).double()  # a rank may have no group

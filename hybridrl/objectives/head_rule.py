@@ -1,6 +1,4 @@
-"""The objective's rule for the head pass; the learner, the scorers and the oracle use the same
-one.
-"""
+"""The settings of the head pass, which the learner, the scorers and the oracle share."""
 
 from hybridrl.kernels.head import HeadRule
 from hybridrl.ops.divergence import Measure
@@ -10,8 +8,8 @@ from hybridrl.settings.run import RunSettings
 
 
 def head_rule(settings: RunSettings) -> HeadRule:
-    """The settings of the head pass; a ratio of whole sequences is part of the token weights
-    instead.
+    """The settings of the head pass. They bound only a ratio of tokens; a ratio of whole sequences
+    is a factor of the token weights.
     """
     algorithm = settings.algorithm
     per_token = algorithm.ratio.level is RatioLevel.token and not algorithm.ranks_pairs

@@ -3,31 +3,30 @@
 
 Its gradient splits into a dense term, the closed form of KL(p || q) at each visited prefix, and a
 sparse term, G_{t+1} grad log p(y_t) with G_{t+1} = sum_{k>t} gamma^(k-t) c_k - lambda R. This
-class makes G before the head pass; kernels.head makes both gradients in that pass. Where the dense
-term is estimated from the drawn token instead of summed over the vocabulary, that token's own cost
-is part of G. Methods differ in settings only: conf/algorithm holds them.
+module computes G before the head pass; kernels.head computes both gradients in that pass. If the
+dense term is estimated from the drawn token instead of summed over the vocabulary, that token's own
+cost is part of G. Methods differ in settings only, which are in conf/algorithm.
 
 The costs c = log p(y) - log q(y) in G are the learner's. The sampler mu has log-probs too, but a
 cost of log mu - log q adds E[(log mu - log p) grad log p] to the gradient, which no importance
-ratio removes. That addition does not become smaller as p comes closer to q, so near the teacher it
-decides the direction: with the student 99 % of the way to the teacher and the sampler's logits 0.3
-N(0,1) away it is 20 times the gradient, and the sum of the two points uphill
-(tests/oracle/test_oracle.py). So wherever sampler and learner may differ
-(RunSettings.sampler_differs) and a cost of a drawn token enters G, the learner computes log p(y)
-in a forward pass of its own before the update. In float32 without stale rollouts mu is p to
-rounding, and the sampler's log-probs are taken as they are.
+ratio removes. This error does not shrink as p approaches q, so near the teacher it dominates: with
+the student 99 % of the way to the teacher and the sampler's logits 0.3 N(0,1) away it is 20 times
+the gradient, and the sum of the two points uphill (tests/oracle/test_oracle.py). So if sampler and
+learner may differ (RunSettings.sampler_differs) and a cost of a drawn token enters G, the learner
+computes log p(y) in a forward pass of its own before the update. In float32 without stale rollouts
+mu equals p up to rounding, and the sampler's log-probs are used.
+
+In bfloat16 they differ even without stale rollouts: engine and learner round the same weights
+differently, by 0.04 to 0.05 nats a token in the mean on SmolLM2-135M. When that model was distilled
+into itself (opd, where the gradient is 0), the sampler's costs gave a gradient norm of 0.36 to
+0.50, and the learner's costs exactly 0. What remains is that the tokens are drawn from mu and not
+from p; algorithm.ratio, if set, corrects that with weights.
 
 The second and later updates of a batch learn from the responses of the policy before the first
-one. Each of them is an estimate of the gradient at the weights that it begins with: costs, values
-and sequence ratios are computed anew by these weights. If costs were still those of p_old, the
-policy before the first update, later updates would ignore how far the student has already moved and
-overshoot the teacher.
-
-bfloat16 is such a difference too, without any stale rollout: engine and learner round the same
-weights differently, by 0.04 to 0.05 nats a token in the mean on SmolLM2-135M. Distilled into
-itself (opd, where the gradient is 0) the sampler's costs gave a gradient norm of 0.36 to 0.50, and
-the learner's exactly 0. What is left of the gap is in the tokens, drawn from mu and not from p;
-algorithm.ratio weights them, where it is set.
+update. Each estimates the gradient at the weights that it starts from: costs, values and sequence
+ratios are recomputed with these weights. If the costs were still those of p_old, the policy before
+the first update, later updates would ignore how far the student has already moved and overshoot
+the teacher.
 """
 
 from collections.abc import Sequence
@@ -76,9 +75,10 @@ class HybridObjective:
         """Build the objective of one run.
 
         Args:
-            kinds: the evidence of each scored teacher; none for pure reinforcement learning.
-            sampler_differs: the log-probs that come with a response may not be the learner's.
-            clips_against_old: the ratio's denominator is the learner before the batch's first
+            kinds: the kind of evidence of each scored teacher; empty for pure reinforcement
+                learning.
+            sampler_differs: the log-probs that come with a response may differ from the learner's.
+            clips_against_old: the denominator of the ratio is the learner before the batch's first
                 update.
         """
         self.config = config
@@ -92,7 +92,7 @@ class HybridObjective:
         estimates = any(make_evidence(kind, config, drawn=False).estimates for kind in kinds)
         learns_from_costs = bool(kinds) and (config.gamma > 0 or estimates)
         self.has_costs = learns_from_costs or (bool(kinds) and clips)
-        # Otherwise every return is 0, and so is a baseline of it; a user's may add what it likes.
+        # Otherwise all returns are 0, and so is their baseline, unless a user's estimator is set.
         has_returns = (
             config.learns_from_rewards or learns_from_costs or config.advantage is not None
         )
@@ -117,7 +117,7 @@ class HybridObjective:
         own, cost = self._imitation(batch, teacher_weights)
         returns = self._returns(batch, plan, own, cost, mask)
         has_values = self.advantage.needs_values
-        # Data is no policy's, and has no return from which a baseline could be subtracted.
+        # Responses of the data have no returns, so no baseline is subtracted.
         from_data = rollout.source is Source.data
         advantage = returns if from_data else self._advantages(returns, mask, batch)
         clips = self.config.log_ratio_clip is not None and rollout.source is not Source.data
@@ -167,8 +167,8 @@ class HybridObjective:
         return advantages.to(returns.dtype)
 
     def token_weight(self, batch: ScoredBatch, plan: UpdatePlan) -> Tensor:
-        """[R] how much each token counts; 0 for dropped groups; times the sequence's importance
-        ratio with ratio.level=sequence.
+        """[R] the weight of each token; 0 for dropped groups. With ratio.level=sequence it includes
+        the importance ratio of the sequence.
         """
         rollout = batch.rollout
         mask = response_grid(rollout)  # [N, T]
@@ -187,8 +187,8 @@ class HybridObjective:
         return weight[mask].to(torch.from_numpy(rollout.rollout_logprobs[:0].copy()).dtype)
 
     def _sequence_ratio(self, batch: ScoredBatch) -> tuple[Tensor, Tensor]:
-        """[N] prod_t p(y_t) / mu(y_t), bounded as algorithm.ratio says, and [N] bool, whether it
-        was beyond a bound.
+        """[N] prod_t p(y_t) / mu(y_t), bounded by algorithm.ratio, and [N] bool, whether it was
+        outside the bounds.
         """
         assert batch.learner_logprobs is not None, "ratio.level=sequence needs learner_logprobs"
         sampled = response_rows(batch.rollout, batch.rollout.rollout_logprobs)
@@ -207,8 +207,9 @@ class HybridObjective:
         """The drawn token's share of the dense term, and its imitation cost sum_i w_i (log p - log
         q_i); both [R].
 
-        log p is the learner's where the sampler may differ from it (see the top of this file). Data
-        was not drawn from the student, so neither is defined there.
+        log p is the learner's if the sampler may differ from it (see the top of this file). Data
+        was not drawn from the student, so its costs are not defined: the first is 0, the second
+        NaN, as it is where no cost is needed.
         """
         rollout = batch.rollout
         logp = drawn_logprobs(batch)
@@ -233,8 +234,8 @@ class HybridObjective:
         return own, cost
 
     def _clipped(self, batch: ScoredBatch, teacher_weights: Sequence[Tensor]) -> Tensor:
-        """[R] bool, the drawn token's |log p - log q| is beyond algorithm.log_ratio_clip for some
-        teacher.
+        """[R] bool, whether |log p - log q| of the drawn token exceeds algorithm.log_ratio_clip for
+        a teacher that scored it.
         """
         limit = self.config.log_ratio_clip
         assert limit is not None, "costs are compared with a limit only where it is set"
@@ -249,9 +250,7 @@ class HybridObjective:
     def _returns(
         self, batch: ScoredBatch, plan: UpdatePlan, own: Tensor, cost: Tensor, mask: Tensor
     ) -> Tensor:
-        """[N, T] own + future costs - lambda R, padded with -lambda R where a sequence has
-        ended.
-        """
+        """[N, T] own + future costs - lambda R, and -lambda R after the end of a sequence."""
         reward = torch.from_numpy(batch.rewards.values.astype(np.float64))
         if self.config.overlong_buffer:
             reward = reward + self._overlong_penalty(batch.rollout)
@@ -262,7 +261,7 @@ class HybridObjective:
         grid_own, grid_cost = (torch.zeros(mask.shape, dtype=own.dtype) for _ in range(2))
         grid_own[mask] = own
         if self.config.gamma > 0:
-            grid_cost[mask] = cost.nan_to_num(0.0)  # NaN where no teacher scored
+            grid_cost[mask] = cost.nan_to_num(0.0)  # NaN: no costs, as for responses of the data
         future = future_cost(grid_cost, mask, self.config.gamma)
         if self.config.future is Future.mean:
             later = mask.flip(1).cumsum(1).flip(1) - 1  # response tokens after this one
@@ -270,8 +269,8 @@ class HybridObjective:
         return grid_own + future + terminal.to(own.dtype)[:, None]
 
     def _overlong_penalty(self, rollout: RolloutBatch) -> Tensor:
-        """[N] 0 up to max - buffer tokens, then down to -1 at max (DAPO, arXiv 2503.14476, equation
-        13).
+        """[N] 0 up to max - buffer tokens, then falling linearly to -1 at max (DAPO, arXiv
+        2503.14476, equation 13).
         """
         lengths = torch.from_numpy(rollout.response_lengths.copy()).double()
         free = self.max_new_tokens - self.config.overlong_buffer
@@ -284,7 +283,9 @@ def by_sequence(config: AlgorithmConfig) -> bool:
 
 
 def teacher_weights_of(batch: ScoredBatch, plan: UpdatePlan) -> tuple[Tensor, ...]:
-    """Of each scored teacher [N], w_i of each sequence: 0 where its prompt is not routed to it."""
+    """For each scored teacher [N] the weight w_i of each sequence; 0 if the sequence's prompt is
+    not routed to the teacher.
+    """
     weights = []
     for weight, route in zip(plan.teacher_weights, plan.teacher_routes, strict=True):
         routed = [takes(route, columns) for columns in batch.rollout.columns]
@@ -294,9 +295,7 @@ def teacher_weights_of(batch: ScoredBatch, plan: UpdatePlan) -> tuple[Tensor, ..
 
 
 def drawn_logprobs(batch: ScoredBatch) -> Tensor:
-    """[R] log p(y): from the learner's own forward pass where there was one, else from the
-    sampler.
-    """
+    """[R] log p(y) from the learner's own forward pass if there was one, else from the sampler."""
     sampled = response_rows(batch.rollout, batch.rollout.rollout_logprobs)
     if batch.learner_logprobs is None:
         return sampled

@@ -7,22 +7,25 @@ from hybridrl.teachers.evidence import Evidence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """Example: the reward alone, as GRPO without a reference: Needs(rewards=True)."""
+    """What one objective needs. Example: the preset raft needs rewards alone, Needs(rewards=True).
+
+    An optional pass or value that it does not need is not computed.
+    """
 
     evidence: tuple[Evidence, ...] = ()  # of each scored teacher
     rewards: bool = False
-    siblings: bool = False  # it compares the responses to one prompt
-    pairs: bool = False  # its loss is averaged over groups with a best and a worst response
+    siblings: bool = False  # several responses to each prompt, which it compares
+    pairs: bool = False  # groups with a best and a worst response, over which its loss is averaged
     learner_logprobs: bool = False  # log p(y_t) before each update: one more forward pass
-    learner_values: bool = False  # the value head's outputs before each update: likewise
+    learner_values: bool = False  # the value head's outputs before each update, in the same pass
     old_logprobs: bool = False  # log p(y_t) before a batch's first update: one pass over the batch
 
     @property
     def learner_view(self) -> bool:
-        """Whether the learner runs a forward pass before its update."""
+        """Whether the learner runs a forward pass before each update."""
         return self.learner_logprobs or self.learner_values
 
     @property
     def sampler_support(self) -> int:
-        """How many of its most likely tokens the sampler sends with each token; 0: none."""
+        """How many of its most likely tokens the sampler must send with each token; 0: none."""
         return max((e.sampler_support for e in self.evidence), default=0)

@@ -1,9 +1,9 @@
-"""Preference losses: each group's best and worst response, ranked by the data or by the reward,
-become one pair.
+"""Preference losses: the best and the worst response of each group, ranked by the data or by the
+reward, form one pair.
 
-The loss of a pair looks at summed log-probs that were computed before the update, so its derivative
-is a fixed coefficient of grad log p(y) for every token of both responses: the same sparse term that
-returns use.
+The loss of a pair reads summed log-probs that were computed before the update. So its derivative is
+a fixed coefficient of grad log p(y) for every token of both responses, which enters the gradient
+through the sparse term, as returns do.
 """
 
 import torch
@@ -22,7 +22,7 @@ from hybridrl.types import RolloutBatch, ScoredBatch, UpdatePlan
 
 
 class PairObjective:
-    """A loss over (chosen, rejected) in place of returns; groups whose rewards are all equal have
+    """The objective of a loss on pairs (chosen, rejected); groups whose rewards are all equal have
     no pair.
     """
 
@@ -56,11 +56,16 @@ class PairObjective:
         )
 
     def _columns(self, rollout: RolloutBatch, slope: Tensor, weight: Tensor) -> TokenColumns:
-        """slope, weight: [N], the derivative of a pair's loss, and 1 / number of pairs."""
+        """The columns of the response tokens.
+
+        Args:
+            slope: [N] the derivative of a pair's loss; 0 for responses of no pair.
+            weight: [N] 1 / number of pairs; 0 for responses of no pair.
+        """
         weights = per_token(weight, rollout)
         sparse = per_token(slope, rollout)
         value_slope = torch.zeros_like(sparse)
-        if self.loss.scores_by_value:  # a reward model's score is its value at the end
+        if self.loss.scores_by_value:  # a reward model's score is the value at the last token
             value_slope = torch.where(last_tokens(rollout), weights * sparse, 0.0)
             sparse = torch.zeros_like(sparse)
         sampler = response_rows(rollout, rollout.rollout_logprobs)
@@ -103,7 +108,11 @@ class PairObjective:
         return watched
 
     def pair_gradient(self, batch: ScoredBatch, chosen: Tensor, rejected: Tensor) -> PairGradient:
-        """The loss of each pair; chosen, rejected: [P] indices of sequences."""
+        """The loss of each pair and its derivatives.
+
+        Args:
+            chosen, rejected: [P] indices of sequences.
+        """
         rollout = batch.rollout
         if self.loss.scores_by_value:
             assert batch.learner_values is not None, "a loss on values needs learner_values"
@@ -130,7 +139,7 @@ class PairObjective:
 
 
 def own_logprobs(batch: ScoredBatch) -> Tensor:
-    """[R] log p(y_t) by the learner."""
+    """[R] log p(y_t) of the learner."""
     assert batch.learner_logprobs is not None, "a loss on log-probs needs learner_logprobs"
     return torch.from_numpy(batch.learner_logprobs)
 
@@ -150,7 +159,7 @@ def ranked(batch: ScoredBatch) -> tuple[Tensor, Tensor]:
 
 
 def sums(column: Tensor, batch: RolloutBatch) -> Tensor:
-    """[R] -> [N] float64 sums over each response."""
+    """[N] float64, the sum of an [R] column over each response."""
     owner = per_token(torch.arange(batch.num_sequences), batch)
     return torch.zeros(batch.num_sequences, dtype=torch.float64).index_add_(
         0, owner, column.double()

@@ -1,4 +1,4 @@
-"""A weight that changes with the step, or with what was measured."""
+"""A weight that changes with the step or with a measured metric."""
 
 import math
 from collections.abc import Mapping
@@ -34,8 +34,8 @@ class Schedule:
         return config.value + (config.end - config.value) * done
 
     def observe(self, row: Mapping[str, float]) -> None:
-        """Move a feedback weight by the metrics of the step that used it; a missing or NaN metric
-        moves nothing.
+        """Change a feedback weight by the metrics of the step that used it; a missing or NaN metric
+        leaves it as it is.
         """
         config = self.config
         if (
@@ -53,14 +53,14 @@ class Schedule:
         return min(max(weight, self.config.low), highest)
 
     def state_dict(self) -> float | None:
-        """The weight that a feedback schedule has come to; None: of another kind, without state."""
+        """The current weight of a feedback schedule; None for kinds without state."""
         return self.held if self.config.kind is ScheduleKind.feedback else None
 
     def load_state_dict(self, state: float | None) -> None:
-        """Continue from a weight, within the bounds of today's settings.
+        """Continue from a saved weight, within the bounds of the present settings.
 
         Args:
-            state: None: the schedule was of a kind without state, so this one begins.
+            state: of state_dict; None: the saved schedule had no state, so this one starts anew.
         """
         if state is not None:
             self.held = self._bounded(state)

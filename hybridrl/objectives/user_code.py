@@ -1,6 +1,6 @@
-"""What can be known of a user's estimator, token weight or pair loss before any worker starts.
+"""Checks of a user's advantage estimator, token weight or pair loss before any worker starts.
 
-Each is tried once on a small example, so that a wrong shape or a misspelt name costs a second.
+Each is tried once on a small example, so that a wrong shape or name is found within a second.
 """
 
 from collections.abc import Callable, Iterable
@@ -138,7 +138,11 @@ def example_mask() -> Tensor:
 
 
 def trial(setting: str, call: Callable[[], Any]) -> Any:
-    """What the user's code returns; what it raises becomes a ConfigError."""
+    """The result of the call.
+
+    Raises:
+        ConfigError: the call raised an exception.
+    """
     try:
         return call()
     except ConfigError:
@@ -150,7 +154,7 @@ def trial(setting: str, call: Callable[[], Any]) -> Any:
 
 
 def check_numbers(setting: str, what: str, value: Any, shape: Iterable[int]) -> None:
-    """Refuse what is not a tensor of finite numbers of this shape."""
+    """Raise ConfigError unless the value is a tensor of finite numbers of this shape."""
     wanted = list(shape)
     if not isinstance(value, Tensor) or list(value.shape) != wanted:
         raise ConfigError(
@@ -165,7 +169,7 @@ def check_numbers(setting: str, what: str, value: Any, shape: Iterable[int]) -> 
 
 
 def summary(value: Any) -> str:
-    """What a value is, in a few words."""
+    """A short description of a value for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
     return f"of type {type(value).__name__}"

@@ -1,3 +1,1 @@
-"""Advantage estimators: what is left of a token's return once a baseline is subtracted, one file
-each.
-"""
+"""Advantage estimators: a token's return minus a baseline, one file each."""

@@ -1,4 +1,4 @@
-"""What an advantage estimator is given, and what it must answer."""
+"""The interface of an advantage estimator: its input and the class to inherit from."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -10,7 +10,7 @@ from hybridrl.settings.algorithm import AlgorithmConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReturnGrid:
-    """The returns of N responses at T positions, the longest response; whole groups of K siblings.
+    """The returns of N responses in whole groups of K siblings; T is the longest response's length.
 
     All returns are costs: the objective is minimised, so a reward of 1 is a return of -lambda.
 
@@ -19,7 +19,7 @@ class ReturnGrid:
     """
 
     returns: Tensor
-    """[N, T] G of each token; after the end of a response its row is filled with -lambda R, so that
+    """[N, T] G of each token; after the end of a response its row contains -lambda R, so that
     siblings can be compared at every position
     """
     values: Tensor
@@ -32,7 +32,7 @@ class ReturnGrid:
 
 class Advantage(Protocol):
     """An estimator of the advantage of each token. Inherit from this class and write `advantages`;
-    an object is made without arguments.
+    the class is instantiated without arguments.
     """
 
     needs_values: ClassVar[bool] = False
@@ -44,6 +44,6 @@ class Advantage(Protocol):
         """The cost of each token above its baseline, which multiplies grad log p of the token.
 
         Returns:
-            [N, T] of the dtype of grid.returns; what is returned where masked is not used.
+            [N, T] of the dtype of grid.returns; masked entries are not used.
         """
         ...

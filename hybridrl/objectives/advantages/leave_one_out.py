@@ -8,8 +8,8 @@ from hybridrl.settings.algorithm import AlgorithmConfig
 
 
 class LeaveOneOut(Advantage):
-    """RLOO's baseline (arXiv 2402.14740) at each position: unbiased, as the others do not depend on
-    the token.
+    """RLOO's baseline (arXiv 2402.14740) at each position: unbiased, because the other responses do
+    not depend on the token.
     """
 
     needs_siblings = True

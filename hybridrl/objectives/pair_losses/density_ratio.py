@@ -1,5 +1,5 @@
-"""What the DIL losses share: density-ratio estimation over a chosen and a rejected response (arXiv
-2503.05079).
+"""The common part of the DIL losses: density-ratio estimation over a chosen and a rejected response
+(arXiv 2503.05079).
 """
 
 from hybridrl.objectives.pair_losses.pair_loss import PairGradient, PairScores
@@ -15,12 +15,12 @@ def density_ratio(
     """E_chosen[chosen_term(s)] + E_ref[reference_term(s)], the Bregman divergence that DIL
     minimises over r = exp(s) = pi/pi_ref.
 
-    pair.reference says which responses are taken for draws from pi_ref: `rejected` is exact only if
+    pair.reference says which responses are taken as samples of pi_ref: `rejected` is exact only if
     rejected responses follow pi_ref, `both` if the pair was drawn from pi_ref before it was ranked.
 
-    Above the clamp c a term goes on along its tangent, f(c) + f'(c) (s - c). So a loss is finite
-    wherever s is, its slope is bounded by the one at c, and a rejected response that became far too
-    likely is still pushed down; a plain clamp of s would leave it without any gradient.
+    Above the clamp c a term is continued by its tangent, f(c) + f'(c) (s - c). So the loss is
+    finite for every finite s, its slope is at most that at c, and a rejected response that became
+    far too likely is still pushed down; a plain clamp of s would give it no gradient.
     """
     sides = log_ratios(scores, pair)
     limit = MAX_LOG_RATIO if pair.clamp is None else min(pair.clamp, MAX_LOG_RATIO)

@@ -1,4 +1,6 @@
-"""The two scores that a loss on log-probs compares, and how they move with the summed log-probs."""
+"""The two scores that a loss on log-probs compares, and their derivatives with respect to the
+summed log-probs.
+"""
 
 from dataclasses import dataclass
 
@@ -11,11 +13,11 @@ from hybridrl.settings.algorithm import PairConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredSides:
-    """All [P]."""
+    """The scores of P pairs; all [P]."""
 
     chosen: Tensor  # s_w
     rejected: Tensor  # s_l
-    chosen_logp: Tensor  # log pi(w), per token where averaged
+    chosen_logp: Tensor  # log pi(w), per token with pair.average
     chosen_scale: Tensor  # d s_w / d chosen_logp: 1, or 1/|w|
     rejected_scale: Tensor
 
@@ -31,11 +33,11 @@ class ScoredSides:
         d_rejected: Tensor,
         clamped: Tensor | None = None,
     ) -> PairGradient:
-        """From derivatives with respect to s_w and s_l to those with respect to summed log-probs,
-        the NLL term added.
+        """The loss with the NLL term added, and its derivatives with respect to summed log-probs.
 
         Args:
-            loss, d_chosen, d_rejected: [P].
+            loss: [P] without the NLL term.
+            d_chosen, d_rejected: [P] its derivatives with respect to s_w and s_l.
             clamped: [P] bool; None: the loss never clamps.
         """
         return PairGradient(
@@ -50,7 +52,9 @@ class ScoredSides:
 
 
 def policy_logprobs(scores: PairScores, pair: PairConfig) -> ScoredSides:
-    """s is log pi: for losses without a reference model."""
+    """The scores s = log pi, for losses without a reference model; divided by the length with
+    pair.average.
+    """
     chosen = scores.chosen_logp
     rejected = scores.rejected_logp
     assert chosen.ndim == 1 and chosen.shape == rejected.shape, (chosen.shape, rejected.shape)
@@ -68,7 +72,7 @@ def policy_logprobs(scores: PairScores, pair: PairConfig) -> ScoredSides:
 
 
 def log_ratios(scores: PairScores, pair: PairConfig) -> ScoredSides:
-    """s is log pi - log pi_ref."""
+    """The scores s = log pi - log pi_ref; divided by the length with pair.average."""
     policy = policy_logprobs(scores, pair)
     return ScoredSides(
         chosen=(scores.chosen_logp - scores.chosen_ref) * policy.chosen_scale,

@@ -8,7 +8,7 @@ from hybridrl.settings.algorithm import PairConfig
 class Slic(PairLoss):
     """max(0, d - log pi(w) + log pi(l)) - l log pi(w) (arXiv 2305.10425); no reference model.
 
-    d, the margin from which on a pair costs nothing, is algorithm.pair.target; l is
+    d, the margin above which a pair has no hinge loss, is algorithm.pair.target; l is
     algorithm.pair.nll_weight.
     """
 

@@ -1,1 +1,1 @@
-"""Token weights: by what the sum over a step's tokens is divided, one file each."""
+"""Token weights: the divisor of the sum over a step's tokens, one file each."""

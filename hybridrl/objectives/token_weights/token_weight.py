@@ -1,4 +1,4 @@
-"""What a token weight is given, and what it must answer."""
+"""The interface of a token weight: its input and the function to write."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,8 +8,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCounts:
-    """N responses of T positions, the longest response, and the size of the step that they are part
-    of. The counts of the step are of all learner ranks together, at least 1.
+    """The response tokens of N responses, and the size of the step that they are part of; T is the
+    longest response's length. The counts of the step include all learner ranks and are at least 1.
 
     Example: responses of 1 and 3 tokens, alone in their step: mask [[True, False, False], [True,
     True, True]], num_tokens 4, num_sequences 2, num_groups 1.
@@ -35,12 +35,12 @@ class TokenCounts:
 
 
 class TokenWeight(Protocol):
-    """A function that says how much each token of a step counts.
+    """A function that returns the weight of each token.
 
     Returns:
         float64, of a shape that broadcasts to [N, T], e.g. [N, 1] for one weight per response. The
         loss is the weighted sum over all tokens of the step, so weights of about 1/num_tokens keep
-        its size. What is returned where masked is not used.
+        its size. Masked entries are not used.
     """
 
     def __call__(self, counts: TokenCounts) -> Tensor: ...
