@@ -1,4 +1,4 @@
-"""The head: one pass over the vocabulary makes the dense and the sparse gradient together.
+"""The head pass: one pass over the vocabulary computes the dense and the sparse gradient together.
 
 Per response token the gradient of J at the student's logits z is (arXiv 2512.23097, any divergence
 of ops.divergence)
@@ -6,8 +6,8 @@ of ops.divergence)
     dz = token_weight * [ sum_i w_i dD_i/dz  +  G f(rho) (onehot(y) - p) ] / temperature
 
 so both terms need the same softmax. The gradients with respect to the hidden states and the lm_head
-are made in the forward, chunk by chunk of response tokens; full logits [R, V] never exist. G is
-fixed before the pass, so the sparse term costs no extra matrix product.
+are computed in the forward pass, chunk by chunk of response tokens; full logits [R, V] never exist.
+G is fixed before the pass, so the sparse term costs no extra matrix product.
 """
 
 from collections.abc import Iterator
@@ -34,24 +34,24 @@ from hybridrl.ops.compare import COMPARED, compare
 class HeadRule(RowRule):
     """The settings of the pass, the same for every row."""
 
-    # response tokens whose [tokens, V] logit gradients are in memory at once; a teacher's logits
-    # exist for PIECE of them at a time on a CPU
+    # response tokens whose [tokens, V] logit gradients are in memory at once; on a CPU, a teacher's
+    # logits exist for only PIECE of them at a time
     chunk: int = 1024
-    # bf16 on the CPU: logits by products in fp32 (kernels.workspace), several times slower ones
+    # bf16 on the CPU: compute logits by fp32 products, several times slower (kernels.workspace)
     exact_logits: bool = False
-    # products of bf16 matrices on the CPU in fp32 (kernels.products)
+    # bf16 on the CPU: compute all products in fp32 (kernels.products)
     wide_products: bool = False
 
 
 PIECE = 256
-"""Rows of a chunk whose logits are worked on at once on the CPU: products still run at their full
-rate. A GPU needs the whole chunk.
+"""Rows of a chunk that a CPU processes at once, enough for products at their full rate. A GPU
+processes the whole chunk at once.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadStats:
-    """What the pass saw, without gradient. Sums are over rows with token_weight > 0."""
+    """Statistics of the pass, without gradient. Sums are over rows with token_weight > 0."""
 
     logprobs: Tensor  # [R] float32, log p(y_t)
     kl: Tensor  # [R] float32, sum_i w_i D_i
@@ -69,17 +69,17 @@ def hybrid_head_loss(
     columns: TokenColumns,
     rule: HeadRule,
 ) -> tuple[Tensor, HeadStats]:
-    """Loss whose gradient is the hybrid gradient, and statistics.
+    """The loss whose gradient is the hybrid gradient, and statistics.
 
-    The value is sum_rows token_weight (sum_i w_i D_i + G f(rho) log p(y)), a surrogate: its
-    gradient is exact, its value is not J. Softmaxes run in fp32 (fp64 for fp64 inputs) whatever the
+    The loss is sum_rows token_weight (sum_i w_i D_i + G f(rho) log p(y)), a surrogate: its gradient
+    is exact, its value is not J. Softmaxes are computed in fp32 (fp64 for fp64 inputs) whatever the
     dtype of the inputs.
 
     Args:
         hidden: [R, H] student hidden states; receives a gradient.
         lm_head: [V, H] student output embedding; receives a gradient if it requires one.
         teachers: any number, each over the same vocabulary.
-        columns: what the objective made of each token, R rows.
+        columns: the objective's coefficients of each token, R rows.
 
     Returns:
         loss [] and HeadStats.
@@ -139,8 +139,8 @@ class _HybridHead(torch.autograd.Function):
             d_head.zero_()
 
         def work_on(piece: slice, d_logits: Tensor) -> None:
-            """Fill the rows [p, V] of the logit gradients. The logits and evidence die here, before
-            any other matrix is made.
+            """Fill the rows [p, V] of the logit gradients. It is a function so that the logits and
+            evidence are freed before any other matrix is allocated.
             """
             workspace.restart(in_use=1)
             logits = workspace.logits(hidden[piece], head, place=d_logits)
@@ -176,14 +176,13 @@ class _HybridHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         d_hidden, d_head = ctx.saved_tensors
-        if not (
-            grad_loss.is_cpu and grad_loss == 1
-        ):  # asking a GPU would take longer than the product
-            d_hidden.mul_(
-                grad_loss
-            )  # in place, for a second d_head would be the largest tensor of all;
+        # On a GPU, reading grad_loss would take longer than the multiplication.
+        if not (grad_loss.is_cpu and grad_loss == 1):
+            # In place, because a second d_head would be the largest tensor of all. torch refuses
+            # another backward pass through the same graph, so nothing reads the old values.
+            d_hidden.mul_(grad_loss)
             if d_head is not None:
-                d_head.mul_(grad_loss)  # torch refuses a later backward through the same graph
+                d_head.mul_(grad_loss)
         return d_hidden, d_head, None, None, None
 
 
@@ -191,10 +190,12 @@ def chosen_logprobs(hidden: Tensor, lm_head: Tensor, token_ids: Tensor, rule: He
     """log softmax(hidden lm_head^T / temperature) at the given ids, chunk by chunk, no gradient.
 
     Args:
-        hidden: [R, H]; lm_head: [V, H]; token_ids: [R, K] int64.
+        hidden: [R, H].
+        lm_head: [V, H].
+        token_ids: [R, K] int64.
 
     Returns:
-        [R, K] float32
+        [R, K] float32 (float64 for fp64 inputs).
     """
     assert hidden.ndim == 2 and token_ids.ndim == 2 and token_ids.shape[0] == hidden.shape[0], (
         hidden.shape,
@@ -207,7 +208,7 @@ def chosen_logprobs(hidden: Tensor, lm_head: Tensor, token_ids: Tensor, rule: He
 
 
 def vocabulary_logprobs(hidden: Tensor, lm_head: Tensor, rule: HeadRule) -> Tensor:
-    """log softmax over the whole vocabulary, [R, V] float32, no gradient."""
+    """log softmax over the whole vocabulary, no gradient: [R, V] float32 (float64 for fp64)."""
     out = torch.zeros(len(hidden), len(lm_head), dtype=softmax_dtype(hidden), device=hidden.device)
     for at, logits in _logits(hidden, lm_head, rule):
         out[at] = log_softmax(logits, rule.temperature)
@@ -215,8 +216,8 @@ def vocabulary_logprobs(hidden: Tensor, lm_head: Tensor, rule: HeadRule) -> Tens
 
 
 def top_logprobs(hidden: Tensor, lm_head: Tensor, k: int, rule: HeadRule) -> tuple[Tensor, Tensor]:
-    """The K most likely tokens of each row: ids [R, K] int64 and log-probs [R, K] float32, no
-    gradient.
+    """The K most likely tokens of each row: ids [R, K] int64 and log-probs [R, K] float32 (float64
+    for fp64 inputs), no gradient.
     """
     assert 1 <= k <= lm_head.shape[0], (k, lm_head.shape)
     ids = torch.zeros(len(hidden), k, dtype=torch.int64, device=hidden.device)
@@ -234,10 +235,10 @@ def compared_sums(
     columns: TokenColumns,
     rule: HeadRule,
 ) -> Tensor:
-    """[1 + len(COMPARED)] float64: number of (live token, teacher) pairs, and the sums of
+    """[1 + len(COMPARED)] float64: the number of (live token, teacher) pairs, and the sums of
     ops.compare over them, no gradient.
 
-    Teachers whose distribution is known on a support only are left out.
+    Teachers whose distribution is known only on a support are left out.
     """
     sums = torch.zeros(1 + len(COMPARED), dtype=torch.float64, device=hidden.device)
     workspace = Workspace(exact=rule.exact_logits)
@@ -249,7 +250,7 @@ def compared_sums(
     for at, logits in _logits(hidden, lm_head, rule) if whole else ():
         logp = log_softmax(logits, rule.temperature)
         for teacher in whole:
-            workspace.restart()  # the student's logits are not needed any more
+            workspace.restart()  # the student's logits are no longer needed
             logq = distribution(
                 teacher.form,
                 teacher.evidence(at, len(lm_head), workspace),

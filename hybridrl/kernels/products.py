@@ -1,8 +1,9 @@
 """The dtype in which the matrix products of bfloat16 models are computed on a CPU.
 
-Weights, activations and gradients stay in bfloat16. A wide product widens its operands to float32,
-multiplies them, and rounds the result to bfloat16: so it gives what a bfloat16 product gives that
-sums in float32, but for the order of the sums. Which one is faster depends on the processor.
+Weights, activations and gradients stay in bfloat16. A wide product converts its operands to
+float32, multiplies them, and rounds the result to bfloat16. Its result equals that of a bfloat16
+product that sums in float32, except for the order of the sums. Which one is faster depends on the
+processor.
 """
 
 import os
@@ -19,7 +20,7 @@ from hybridrl.settings.choices import Products
 
 
 class Processor(StrEnum):
-    """Processors by their instructions for products of bfloat16."""
+    """Kinds of processors by their instructions for products of bfloat16."""
 
     amx = "AMX"
     amd_bf16 = "AVX512-BF16 of AMD"
@@ -29,7 +30,7 @@ class Processor(StrEnum):
 
 
 class Rates(NamedTuple):
-    """GFLOP/s of a square product by two cores."""
+    """GFLOP/s of a square product on two cores."""
 
     bfloat16: float
     float32: float
@@ -42,25 +43,28 @@ RATES: Mapping[Processor, Rates] = {
     Processor.without_bf16: Rates(172, 213),
 }
 """Measured on an Intel Xeon with AMX (`tools/bench head`), on an AMD EPYC of family 26, on an Intel
-Xeon without AMX, and on that EPYC with ONEDNN_MAX_CPU_ISA=AVX512_CORE (`hybridrl doctor`). The
-EPYC gives half of both rates at other times; only their ratio is used.
+Xeon without AMX, and on that EPYC with ONEDNN_MAX_CPU_ISA=AVX512_CORE (`hybridrl doctor`). At other
+times the EPYC reached half of both rates; only their ratio is used.
 """
 
 
 WITH_BF16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX10_2_512")
 WITH_AMX = ("AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16")
 UNLIMITED = ("", "DEFAULT", "AVX10_2_512_AMX_2", *WITH_AMX)
-"""Values of ONEDNN_MAX_CPU_ISA by what they allow the library that multiplies matrices."""
+"""Values of ONEDNN_MAX_CPU_ISA, which limits the instructions of oneDNN, the library of matrix
+products: those that allow bfloat16 instructions without AMX, those with AMX, and those that allow
+every instruction used here.
+"""
 
 
 def processor(
     capabilities: Mapping[str, Any] | None = None, environment: Mapping[str, str] = os.environ
 ) -> Processor:
-    """The kind of processor of this machine, as far as the library of the products may use it.
+    """The kind of this machine's processor, by the instructions that oneDNN may use.
 
     Args:
-        capabilities: of torch.cpu.get_capabilities; None: of this machine.
-        environment: where ONEDNN_MAX_CPU_ISA may limit the instructions.
+        capabilities: as of torch.cpu.get_capabilities; None: those of this machine.
+        environment: its ONEDNN_MAX_CPU_ISA limits the instructions.
     """
     found = torch.cpu.get_capabilities() if capabilities is None else capabilities
     if found.get("architecture") != "x86_64":
@@ -76,7 +80,7 @@ def processor(
 def faster_products(kind: Processor) -> Products:
     """The dtype of products that is faster for bfloat16 models on such a processor, by RATES.
 
-    No time is measured here, so two runs on one machine compute the same.
+    It measures nothing, so that all runs on one machine compute the same.
     """
     rates = RATES.get(kind)
     if rates is None or rates.bfloat16 >= rates.float32:
@@ -85,16 +89,16 @@ def faster_products(kind: Processor) -> Products:
 
 
 def measured_rates() -> Rates:
-    """The rates of this machine, by this thread and the others that torch uses.
+    """The rates of this machine, measured with all threads that torch uses.
 
-    It takes a second, but several where the processor emulates bfloat16 one number at a time.
+    It takes a second, or several if the processor emulates bfloat16 one number at a time.
     """
     size = 1024
     rates = []
     for dtype in (torch.bfloat16, torch.float32):
         matrix = torch.ones(size, size, dtype=dtype)
         seconds: list[float] = []
-        while len(seconds) < 10 and sum(seconds) < 0.5:  # the first one sets threads up
+        while len(seconds) < 10 and sum(seconds) < 0.5:  # the first one includes thread set-up
             started = time.perf_counter()
             matrix @ matrix
             seconds.append(time.perf_counter() - started)
@@ -113,7 +117,7 @@ class WideLinear(nn.Linear):
 
 
 class _WideProduct(torch.autograd.Function):
-    """x W^T. What is saved for the backward pass is narrow, and widened again there."""
+    """x W^T in float32. Tensors are saved for the backward pass in bfloat16 and widened there."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -132,7 +136,7 @@ class _WideProduct(torch.autograd.Function):
 
 
 def products_notice(products: Products, kind: Processor) -> str:
-    """What a run prints of its products when it starts.
+    """The sentence about matrix products that a run prints when it starts.
 
     Args:
         kind: of the driver's processor.
@@ -159,5 +163,5 @@ def widen_products(model: nn.Module) -> int:
     """
     layers = [m for m in model.modules() if type(m) is nn.Linear]
     for layer in layers:
-        layer.__class__ = WideLinear  # its parameters, hooks and place in the model stay
+        layer.__class__ = WideLinear  # keeps its parameters, hooks and place in the model
     return len(layers)

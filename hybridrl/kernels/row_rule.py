@@ -13,7 +13,7 @@ from hybridrl.ops.ratio import RatioBounds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowRule:
-    """The settings that the work on a row depends on."""
+    """The settings that the computation of a row depends on."""
 
     temperature: float = 1.0  # of student and teacher alike
     measure: Measure = field(default_factory=Measure)
@@ -23,7 +23,7 @@ class RowRule:
 
 
 class Coefficients(NamedTuple):
-    """What multiplies the parts of the gradient of c rows, and their values."""
+    """The factors of the parts of the gradient of c rows, and the rows' values."""
 
     kl: Tensor  # [c] sum_i w_i D_i
     loss: Tensor  # [c] the row's loss
@@ -39,8 +39,10 @@ def coefficients(
     weights: tuple[Tensor, ...],
     columns: TokenColumns,
 ) -> Coefficients:
-    """A part with weight 0 gets the factor 0 and is skipped, because its value may be inf or NaN
-    and 0 * NaN is NaN.
+    """The factors and values of c rows.
+
+    A part with weight 0 gets the factor 0, and its value is left out of the sums, because it may be
+    inf or NaN, and 0 * NaN is NaN.
 
     Args:
         drawn: [c] log p(y).

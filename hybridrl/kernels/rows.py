@@ -1,9 +1,9 @@
-"""The work on rows: from the logits of a chunk to their gradient and statistics, one function of
-plain tensors.
+"""The row work: one function of plain tensors that computes, from the logits of a chunk, their
+gradient and statistics.
 
-On the CPU that function is compiled for large vocabularies (torch.compile, its C++ backend): one
-loop over a row for each sum that the next one needs, nothing of size [c, V] in between, the
-gradient in the place of the logits.
+On the CPU it is compiled for large vocabularies (torch.compile, C++ backend). The compiled code has
+one loop over a row for each sum that a later loop needs, stores nothing of size [c, V] in between,
+and writes the gradient over the logits.
 """
 
 import importlib.util
@@ -23,16 +23,16 @@ from hybridrl.ops.divergence import exp
 from hybridrl.settings.choices import Correction
 
 Work = Callable[..., Any]
-"""A function of a chunk's tensors."""
+"""A function of the tensors of a chunk."""
 
 COMPILE_FROM = 4096
-"""Vocabulary from which the rows are worth a compilation (10 s once, kept on disk by torch): below,
-eager is as fast.
+"""Smallest vocabulary for which the row work is compiled (10 s once; torch caches it on disk). With
+smaller ones, eager execution is as fast.
 """
 
 
 class RowResult(NamedTuple):
-    """What the work on c rows gives: their logit gradient, and numbers of each row."""
+    """The result of the work on c rows: their logit gradient, and statistics of each row."""
 
     gradient: Tensor  # [c, V]
     logprobs: Tensor  # [c] log p(y)
@@ -54,14 +54,14 @@ def row_gradients(
     weights: tuple[Tensor, ...],
     columns: TokenColumns,
 ) -> RowResult:
-    """The hybrid gradient at the logits of c tokens; the formula stands in kernels.head.
+    """The hybrid gradient at the logits of c tokens; kernels.head has the formula.
 
     Args:
-        forms: how each teacher's evidence is to be read.
-        dtype: of the gradient; where it is that of the logits, the gradient takes their place in
-            memory.
-        logits: [c, V], before the temperature.
-        evidence, weights: of each teacher; a weight is [c].
+        forms: how to read each teacher's evidence.
+        dtype: of the gradient; if it is that of the logits, the gradient overwrites them.
+        logits: [c, V], not yet divided by the temperature.
+        evidence: of each teacher.
+        weights: of each teacher, [c].
     """
     ids = columns.token_ids
     logp = log_softmax(logits, rule.temperature)
@@ -114,8 +114,8 @@ def _sparse_gradient(scale: Tensor, p: Tensor, ids: Tensor) -> Tensor:
 def row_work(
     rule: RowRule, forms: tuple[Form | Correction, ...], logits: Tensor, dtype: torch.dtype
 ) -> Work:
-    """`row_gradients` of (logits, evidence, weights, columns): compiled where that pays, in Triton
-    where every teacher is hidden.
+    """`row_gradients` as a function of (logits, evidence, weights, columns): in Triton on a GPU if
+    all teachers' evidence is logits, otherwise compiled if `pays` says so.
     """
     if (
         logits.is_cuda
@@ -137,7 +137,9 @@ def row_work(
 
 
 def chosen_work(temperature: float, logits: Tensor) -> Work:
-    """log p of (logits [c, V], ids [c, K]), [c, K]; compiled where that pays."""
+    """A function of (logits [c, V], ids [c, K]) that returns log p at the ids, [c, K]; compiled if
+    `pays` says so.
+    """
     return _compiled(_chosen, temperature) if pays(logits) else partial(_chosen, temperature)
 
 
@@ -146,11 +148,11 @@ def _chosen(temperature: float, logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def pays(logits: Tensor) -> bool:
-    """Whether work on these rows is to be compiled: a function of the problem alone, so that a run
-    repeats itself.
+    """Whether the work on these rows is compiled. It depends only on shape, dtype and device, so
+    that runs are reproducible.
     """
     rows, vocabulary = logits.shape
-    large = rows > 1 and vocabulary >= COMPILE_FROM  # a graph for any number of rows starts at 2
+    large = rows > 1 and vocabulary >= COMPILE_FROM  # the graph needs at least 2 rows
     return (
         large
         and logits.device.type == "cpu"

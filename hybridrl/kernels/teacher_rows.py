@@ -1,8 +1,8 @@
 """The ways a teacher's distribution reaches the head pass, one row per response token.
 
-A teacher is tensors of all rows; `evidence` is what it says about a chunk of them, a tuple of plain
-tensors, and `Form` or a Correction says how to read it. The split lets the work on rows be one
-function of tensors (kernels.rows).
+A teacher holds tensors of all rows. Its `evidence` about a chunk of rows is a tuple of plain
+tensors, and a `Form` or a Correction says how to read it. So the work on rows can be one function
+of tensors (kernels.rows).
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,16 @@ from hybridrl.settings.choices import Correction
 
 
 class Form(StrEnum):
-    """How a chunk of a teacher that knows the whole vocabulary is written."""
+    """The form of a teacher's evidence about the whole vocabulary."""
 
     logits = "logits"  # [c, V] before temperature and softmax
     logprobs = "logprobs"  # [c, V] normalised
 
 
 class TeacherRows:
-    """R response tokens of one teacher. Instances can be cut and joined, and are never edited."""
+    """The evidence of one teacher about R response tokens. Instances can be sliced and joined, and
+    are never modified.
+    """
 
     __slots__ = ()
 
@@ -38,11 +40,11 @@ class TeacherRows:
         return self._with({name: getattr(self, name)[rows] for name in self.per_token})
 
     def to(self, device: torch.device) -> Self:
-        """With the tokens on another device. What all tokens share stays where it is."""
+        """A copy whose per-token fields are on another device; shared fields are not moved."""
         return self._with({name: getattr(self, name).to(device) for name in self.per_token})
 
     def join(self, others: Sequence[Self]) -> Self:
-        """These tokens, and those of others of the same teacher after them."""
+        """These tokens, followed by those of `others`, which are of the same teacher."""
         parts = (self, *others)
         return self._with(
             {name: torch.cat([getattr(part, name) for part in parts]) for name in self.per_token}
@@ -54,7 +56,7 @@ class TeacherRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiddenTeacher(TeacherRows):
-    """Last hidden states; the distribution is rebuilt chunk by chunk."""
+    """A teacher's last hidden states; its distribution is recomputed chunk by chunk."""
 
     per_token = ("hidden", "weight")
 
@@ -67,15 +69,13 @@ class HiddenTeacher(TeacherRows):
         return Form.logits
 
     def evidence(self, at: slice, vocabulary: int, workspace: Workspace) -> tuple[Tensor, ...]:
-        """[c, V] logits over the student's vocabulary, valid until `workspace` makes others in
-        their place.
-        """
+        """[c, V] logits over the student's vocabulary, until `workspace` reuses their memory."""
         return (workspace.logits(self.hidden[at], self.lm_head[:vocabulary]),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyTeacher(TeacherRows):
-    """Log-probs of the whole vocabulary."""
+    """A teacher's log-probs of the whole vocabulary."""
 
     per_token = ("logprobs", "weight")
 
@@ -92,7 +92,7 @@ class VocabularyTeacher(TeacherRows):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupportTeacher(TeacherRows):
-    """Log-probs of K tokens that were chosen without looking at the drawn one."""
+    """A teacher's log-probs of K tokens, whose choice does not depend on the drawn token."""
 
     per_token = ("ids", "logprobs", "weight")
 
@@ -119,7 +119,9 @@ def divergence(
     measure: Measure,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Divergence [c] and its logit gradient [c, V], given log p [c, V]."""
+    """The divergence [c] of a teacher from the student's log p [c, V], and its gradient [c, V] at
+    the student's logits.
+    """
     if isinstance(form, Correction):
         ids, logq = evidence
         return dense_on_support(logp, ids, logq.to(logp.dtype), measure, form)
@@ -129,7 +131,7 @@ def divergence(
 def distribution(
     form: Form, evidence: tuple[Tensor, ...], dtype: torch.dtype, temperature: float
 ) -> Tensor:
-    """[c, V] log q."""
+    """[c, V] log q in `dtype`, from evidence of the given form."""
     (rows,) = evidence
     return rows.to(dtype) if form is Form.logprobs else log_softmax(rows, temperature).to(dtype)
 

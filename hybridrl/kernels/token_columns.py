@@ -1,4 +1,4 @@
-"""What the objective makes of each response token, and the head pass reads."""
+"""The coefficients of each response token that the objective computes and the head pass reads."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,21 +10,21 @@ from torch import Tensor
 class TokenColumns(NamedTuple):
     """One row for each of R response tokens, from the objective to the head pass.
 
-    A column that is added here needs one producer and one reader; everything between slices, joins
-    and moves whole values of this class.
+    A new column needs only a producer and a reader: all code in between slices, joins and moves
+    whole objects of this class.
 
     Example: plain distillation of two tokens in a batch of 10: sparse (0, 0), token_weight (0.1,
     0.1), value_slope (0, 0).
     """
 
     token_ids: Tensor  # [R] int64, y_t
-    token_weight: Tensor  # [R] float32, 1/normaliser; 0 takes the token out
-    # [R] float32, G_{t+1} minus its baseline, a COST: positive pushes the token down
+    token_weight: Tensor  # [R] float32, 1/normaliser; 0 excludes the token
+    # [R] float32, G_{t+1} minus its baseline, a COST: a positive one lowers the token's probability
     sparse: Tensor
     value_slope: Tensor  # [R] float32, d loss / d value of the value head; 0 without one
     sampler_logprobs: Tensor  # [R] float32, log mu(y_t)
-    # [R] float32, the denominator of the ratio: log mu(y_t), or that of the learner before the
-    # batch's first update
+    # [R] float32, the log of the ratio's denominator: log mu(y_t), or log p_old(y_t) of the learner
+    # before the batch's first update
     old_logprobs: Tensor
 
     def at(self, rows: slice) -> "TokenColumns":
@@ -32,13 +32,13 @@ class TokenColumns(NamedTuple):
         return TokenColumns(*(column[rows] for column in self))
 
     def to(self, target: torch.device | torch.dtype) -> "TokenColumns":
-        """On another device; or in another dtype, but for the token ids."""
+        """A copy on another device; or in another dtype, in which the token ids keep theirs."""
         if isinstance(target, torch.device):
             return TokenColumns(*(column.to(target) for column in self))
         return TokenColumns(self.token_ids, *(column.to(target) for column in self[1:]))
 
     def without_sparse(self) -> "TokenColumns":
-        """Only the dense term remains."""
+        """A copy with only the dense term: costs and value slopes are 0."""
         return self._replace(
             sparse=torch.zeros_like(self.sparse),
             value_slope=torch.zeros_like(self.value_slope),
@@ -46,7 +46,7 @@ class TokenColumns(NamedTuple):
 
     @staticmethod
     def join(parts: Sequence["TokenColumns"]) -> "TokenColumns":
-        """The rows of all parts, one after the other. At least one part."""
+        """The rows of all parts, one after the other; there is at least one part."""
         return TokenColumns(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     @staticmethod

@@ -4,10 +4,10 @@ Read in torch 2.13. tests/kernels/test_torch_internals.py fails when another ver
 when one of these details is no longer as described here.
 
 - `torch.utils._pytree.tree_leaves`: the tensors in nested tuples.
-- `torch._dynamo.mark_dynamic`: a graph takes any size, at least 2, of a dimension, also with
-  dynamic=False. That option makes every other size and number a constant of the graph. Without it
-  those which differed in an earlier call of the process would be inputs, so a graph would depend on
-  what the process has done before.
+- `torch._dynamo.mark_dynamic`: a graph accepts any size of at least 2 in a dimension, even with
+  dynamic=False. That option makes every other size and number a constant of the graph. Without it,
+  sizes and numbers that differed between earlier calls would be inputs, so a graph would depend on
+  the history of the process.
 - The options in FUSE, of torch's C++ backend.
 """
 
@@ -24,12 +24,13 @@ FUSE = {
     "realize_opcount_threshold": 1 << 20,
     "realize_acc_reads_threshold": 1 << 20,
 }
-"""To the C++ backend: compute again what a loop needs rather than write it to memory."""
+"""Options with which the C++ backend recomputes values in each loop instead of storing them."""
 
 
 MOST_GRAPHS = 256
-"""One for each combination of sizes other than the number of rows; torch's own limit is 8, beyond
-which a function without breaks fails. A sweep over K has a graph for each value.
+"""Limit on the graphs of one function. Each combination of sizes other than the number of rows has
+a graph of its own, e.g. each K of a sweep. Torch's default is 8, beyond which a function compiled
+with fullgraph fails.
 """
 
 

@@ -1,12 +1,13 @@
 """The work on rows in Triton, for fp32 logits of the student and of any number of hidden teachers.
 
-One program a row. `_sums_kernel` reads a row twice (normalisers; then means, values, entropy),
-`_gradient_kernel` once more and writes the gradient into the memory of the student's logits; what
-happens per row in between is kernels.row_rule. Bytes per (token, vocabulary) entry of one
-teacher: 24 read, 2 written.
+Each program computes one row. `_sums_kernel` reads the student's row twice (normaliser; entropy)
+and, for each teacher, the teacher's row twice and the student's once more (normaliser; mean and
+value). kernels.row_rule computes the factors from these sums. `_gradient_kernel` reads all rows
+once more and writes the gradient into the memory of the student's logits. With one teacher, these
+are 28 bytes read and, for a bf16 gradient, 2 written per (token, vocabulary) entry.
 
-The numerics are proved with Triton's interpreter (tests/kernels/test_triton_rows.py); speed on a
-GPU is for `tools/bench head --all-shapes` to say: no figure of one is known.
+Tests verify the numerics with Triton's interpreter (tests/kernels/test_triton_rows.py). The speed
+on a GPU has not been measured; `tools/bench head --all-shapes` measures it.
 """
 
 import math
@@ -22,7 +23,7 @@ from hybridrl.ops.divergence import Measure
 from hybridrl.settings.choices import Divergence
 
 LARGEST_BLOCK = 4096
-"""Entries of a row in registers at once: 16 a thread and matrix with the 8 warps below."""
+"""Entries of a row in registers at once: 16 per thread and matrix with the 8 warps below."""
 
 
 def row_gradients(
@@ -33,13 +34,14 @@ def row_gradients(
     weights: tuple[Tensor, ...],
     columns: TokenColumns,
 ) -> tuple[Tensor, ...]:
-    """The fields of kernels.rows.RowResult, where every teacher is hidden.
+    """The fields of kernels.rows.RowResult, for teachers whose evidence is logits.
 
     Args:
-        dtype: of the gradient, 2 or 4 bytes wide. A narrow one fills the front half of each row of
-            logits.
+        dtype: of the gradient, 2 or 4 bytes wide. A 2-byte gradient fills the first half of each
+            row of logits.
         logits: [c, V] float32, contiguous; overwritten.
-        evidence: ([c, V] float32 logits of the teacher,) each.
+        evidence: of each teacher ([c, V] float32 logits,).
+        weights: of each teacher, [c].
     """
     assert logits.dtype is torch.float32 and logits.is_contiguous(), (logits.dtype, logits.stride())
     teachers = tuple(logits_of_teacher for (logits_of_teacher,) in evidence)
@@ -100,7 +102,7 @@ def _constants(measure: Measure) -> dict[str, float | int]:
 
 @triton.jit
 def _normaliser(x, peak, total):
-    """The running maximum and the sum of exponentials below it, one block further."""
+    """The running maximum, and the sum of exponentials relative to it, updated with a block x."""
     higher = tl.maximum(peak, tl.max(x, 0))
     base = tl.where(higher == float("-inf"), 0.0, higher)  # a block of nothing but -inf
     return higher, total * tl.exp(peak - base) + tl.sum(tl.exp(x - base), 0)
@@ -108,7 +110,7 @@ def _normaliser(x, peak, total):
 
 @triton.jit
 def _weighted_score(logp, logq, DIVERGENCE: tl.constexpr, BETA: tl.constexpr, CLIP: tl.constexpr):
-    """Measure.weighted_score, and Measure.terms."""
+    """Measure.weighted_score and Measure.terms of the divergence with this index."""
     p = tl.exp(logp)
     q = tl.exp(logq)
     if DIVERGENCE == 0:
@@ -229,8 +231,8 @@ def _gradient_kernel(
         dense_sq += tl.sum(dense * dense, 0)
         sparse_sq += tl.sum(sparse * sparse, 0)
         dense_sparse += tl.sum(dense * sparse, 0)
-        # a narrow gradient lies over the front of this block: every thread has read before any
-        # writes
+        # A 2-byte gradient overlaps logits of the first block that another thread may not have
+        # read yet, so all threads read a block before any of them writes.
         tl.debug_barrier()
         tl.store(
             gradient + row * gradient_stride + at,

@@ -1,10 +1,10 @@
 """The matrix products of the head pass, and the memory they write into.
 
-A product of bf16 matrices is summed in fp32 and rounded to bf16 at the end on the CPU; on CUDA its
-fp32 sums are kept. The rounding is what remains of a divergence where student and teacher nearly
-agree. Its share of the reverse KL's gradient at the hidden states of SmolLM2-135M: 18 % at a KL of
-0.012 nats a token, 42 % at 0.003, more than the gradient below 0.001; `exact` asks for products in
-fp32, which leave 0.2 %.
+On the CPU, a product of bf16 matrices is summed in fp32 and rounded to bf16 at the end; on CUDA its
+fp32 sums are kept. Where student and teacher nearly agree, this rounding dominates the divergence.
+Its share of the reverse KL's gradient at the hidden states of SmolLM2-135M is 18 % at a KL of 0.012
+nats a token, 42 % at 0.003, and more than the gradient below 0.001. `exact` computes the products
+in fp32, which leaves 0.2 %.
 """
 
 import threading
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 VOCABULARY_TILE = 8192
-"""Rows of a head that are widened, or whose gradient is added, at once."""
+"""Rows of an output head that are converted to fp32, or whose gradient is added, at once."""
 
 
 class Workspace:
     """Memory for [c, V] matrices; each is valid until `restart`.
 
-    On the CPU it stays with the thread between passes: pages fresh from the system cost as much as
-    half the work on the rows. It is as large as the largest chunk so far, whatever the number of
-    tokens.
+    On the CPU the thread keeps this memory between passes, because new pages from the system would
+    cost as much time as half of the work on the rows. Its size is that of the largest chunk so far
+    and does not depend on the number of tokens.
     """
 
     _buffers = threading.local()
@@ -32,12 +32,12 @@ class Workspace:
 
     @classmethod
     def release(cls) -> None:
-        """Give this thread's memory back."""
+        """Free this thread's memory."""
         cls._buffers.__dict__.clear()
 
     @classmethod
     def held(cls) -> int:
-        """How many numbers this thread's memory has room for."""
+        """The size of this thread's memory in numbers."""
         return sum(buffer.numel() for buffer in cls._buffers.__dict__.values())
 
     def restart(self, in_use: int = 0) -> None:
@@ -45,10 +45,11 @@ class Workspace:
         self._taken = in_use
 
     def logits(self, hidden: Tensor, lm_head: Tensor, place: Tensor | None = None) -> Tensor:
-        """[c, H] x [V, H] -> [c, V] in the dtype of `hidden`, or fp32 (see above).
+        """[c, H] x [V, H] -> [c, V] in the dtype of `hidden`, or fp32 (see the top of this file).
 
         Args:
-            place: [c, V] to write into where the dtype allows; None: memory of its own.
+            place: [c, V] memory for the result, used only if the result has the dtype of `hidden`;
+                None: memory of this workspace.
         """
         narrow = hidden.dtype in (torch.bfloat16, torch.float16)
         if hidden.is_cuda and narrow:
@@ -71,14 +72,14 @@ class Workspace:
         key = f"{self._taken} {like.dtype}"
         self._taken += 1
         if key not in buffers or buffers[key].numel() < rows * columns:
-            buffers.pop(key, None)  # before its successor is made, or both would exist
+            buffers.pop(key, None)  # first, so that the old and the new buffer never coexist
             buffers[key] = like.new_empty(rows * columns)
         return buffers[key][: rows * columns].view(rows, columns)
 
 
 def head_gradient(lm_head: Tensor, dtype: torch.dtype, *, chunks: int) -> Tensor:
-    """[V, H] to hand to `add_head_gradient`: of one chunk in its own dtype, of several as sums in
-    fp32 (fp64 for fp64).
+    """An uninitialised [V, H] for `add_head_gradient`, in fp32 (fp64 for fp64 inputs), or for a
+    single chunk in the head's own dtype.
     """
     wide = torch.promote_types(dtype, torch.float32)
     return torch.empty(
@@ -89,8 +90,8 @@ def head_gradient(lm_head: Tensor, dtype: torch.dtype, *, chunks: int) -> Tensor
 
 
 def add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, *, first: bool) -> None:
-    """total = d_logits^T @ hidden, plus `total` unless it is the first: [c, V] x [c, H] -> [V,
-    H].
+    """Set `total` [V, H] to d_logits^T [V, c] @ hidden [c, H], plus `total` unless this is the
+    first chunk.
     """
     if first and total.dtype == hidden.dtype:
         torch.mm(d_logits.T, hidden, out=total)
@@ -100,7 +101,7 @@ def add_head_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, *, first:
         torch.addmm(
             total, d_logits.T, hidden, beta=0 if first else 1, out_dtype=total.dtype, out=total
         )
-    else:  # piece by piece, so that the rounded product stays in the cache
+    else:  # in tiles, so that the rounded product stays in the cache
         for start in range(0, len(total), VOCABULARY_TILE):
             columns = slice(start, start + VOCABULARY_TILE)
             piece = d_logits[:, columns].T @ hidden

@@ -1,4 +1,4 @@
-"""Pure tensor mathematics: importable with torch alone, no configuration, no processes.
+"""Pure tensor mathematics: it needs torch alone, reads no configuration and starts no processes.
 
 Letters in signatures: N sequences, K siblings of a prompt, T response positions, R response tokens
 of a batch in one row each, V vocabulary, H hidden size. p is the student's distribution, q a

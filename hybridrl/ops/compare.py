@@ -1,4 +1,4 @@
-"""Further measures of the distance between student and teacher, for diagnostics every few steps."""
+"""Further measures of the distance between student and teacher, for occasional diagnostics."""
 
 import torch
 from torch import Tensor

@@ -5,7 +5,7 @@ phi / d p_v its gradient at the logits is
 
     dD/dz = p * (a - sum_v p_v a_v)
 
-which does not change if a constant is added to a. The constant of the scores below is chosen such
+which does not change if a constant is added to a. For the scores below this constant is chosen so
 that a = 0 where p = q:
 
     reverse KL  a = log p - log q            forward KL  a = 1 - q / p
@@ -35,7 +35,7 @@ def exp(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """A divergence with its constants."""
+    """A divergence between student p and teacher q, with its constants."""
 
     divergence: Divergence = Divergence.reverse_kl
     beta: float = 0.5  # of the JSD, in (0, 1)
@@ -57,7 +57,7 @@ class Measure:
                 return (1 - self.beta) * (logp - self._log_mixture(logp, logq))
 
     def weighted_score(self, logp: Tensor, logq: Tensor) -> Tensor:
-        """p a, finite where p = 0 and, for the forward KL, where p is far below q."""
+        """p a, elementwise; finite where p = 0 and, for the forward KL, where p is far below q."""
         p = exp(logp)
         if self.divergence is Divergence.forward_kl:
             return p - exp(logq)
@@ -114,13 +114,14 @@ def dense_on_support(
 ) -> tuple[Tensor, Tensor]:
     """The divergence on a set S of K tokens, by one of four corrections, and its logit gradient.
 
-    - unbiased: the part of the full gradient that the K tokens have, sum_S p_v a_v (e_v - p). The
-      other part is the score term of a sampled token outside of S (`tail_score`). The expectation
-      of their sum is the full gradient, for any S that does not depend on the sampled token.
+    - unbiased: the part of the full gradient that comes from the K tokens, sum_S p_v a_v (e_v - p).
+      The other part is the score term of a sampled token outside of S (`tail_score`). The
+      expectation of their sum is the full gradient, for any S that does not depend on the sampled
+      token.
     - truncate: the same sum including the constant of d phi / d p, i.e. the gradient of sum_S phi,
       which is not a divergence.
     - tail_bucket: the divergence over K+1 categories: the tokens of S, and all others together.
-    - renormalize: the divergence of p and q both conditioned on S; with K = 1 its gradient is 0.
+    - renormalize: the divergence of p and q, both conditioned on S; with K = 1 its gradient is 0.
 
     Args:
         logp: [c, V] log-probabilities of the student.
@@ -164,13 +165,15 @@ def tail_score(logp: Tensor, logq: Tensor, inside: Tensor, measure: Measure) -> 
         inside: [R] bool, whether y is one of the K tokens; all False if the support is y itself.
 
     Returns:
-        [R] the cost by which grad log p(y) is multiplied, 0 inside.
+        [R] the coefficient of grad log p(y), 0 inside.
     """
     return torch.where(inside, 0.0, measure.score(logp, logq))
 
 
 REST_FLOOR = 1e-6
-"""The least probability of the tokens outside of S; below it, 1 - sum is only rounding error."""
+"""Lower bound of the probability of all tokens outside of S; below it, 1 - sum is only rounding
+error.
+"""
 
 
 def log_rest(logprobs: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 MAX_LOG_RATIO = 20.0
 """Above this score each term of a DIL loss is a straight line.
 
-The slope of LSIF is then exp(2 * 20) = 2.4e17, of which fp32 can hold even the square.
+The slope of LSIF is then at most exp(2 * 20) = 2.4e17, whose square fp32 can still hold.
 """
 
 Term = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -17,12 +17,13 @@ Term = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def logistic(margin: Tensor) -> tuple[Tensor, Tensor]:
-    """-log sigma(u) and its slope -sigma(-u), both [P]; neither overflows."""
+    """-log sigma(u) and its slope -sigma(-u) for margins u, all [P]; neither overflows."""
     return -logsigmoid(margin), -torch.sigmoid(-margin)
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-log sigma(r_w - r_l), the likelihood of the label under Bradley and Terry's model.
+    """-log sigma(r_w - r_l), the negative log-likelihood of the label under Bradley and Terry's
+    model.
 
     Args:
         chosen: [P] a reward model's scores of the chosen responses.
@@ -36,6 +37,6 @@ def bradley_terry(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def straightened(term: Term, s: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Value and slope [P] of a term that is continued by its tangent above `limit`."""
+    """Value and slope, both [P], of a term that is continued by its tangent above `limit`."""
     value, slope = term(s.clamp(max=limit))
     return value + slope * (s - limit).clamp(min=0), slope

@@ -1,11 +1,11 @@
 """Importance ratios rho = p(y) / mu(y) of the learner p over the sampler mu, and their bounds.
 
 `truncate` is truncated importance sampling (TIS). `mask` is used by IcePop and MOPD (arXiv
-2601.02780). `clip` is that of PPO, with two sides as in DAPO (arXiv 2503.14476).
+2601.02780). `clip` is PPO's, with separate bounds on the two sides as in DAPO (arXiv 2503.14476).
 
-Where a batch has several updates, the clip is to bound how far they move the learner, and not how
-far the sampler is from it. Then the ratio is a product (decoupled PPO, arXiv 2110.00641): of
-p(y) / p_old(y), which is clipped, and of p_old(y) / mu(y), which is truncated, where p_old is the
+If a batch has several updates, the clip shall bound how far they move the learner, not how far the
+sampler is from it. Then the ratio is a product (decoupled PPO, arXiv 2110.00641) of
+p(y) / p_old(y), which is clipped, and p_old(y) / mu(y), which is truncated, where p_old is the
 learner before the batch's first update. The product is p(y) / mu(y) where no bound is active.
 """
 
@@ -19,7 +19,7 @@ from hybridrl.settings.choices import Ratio
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatioBounds:
-    """How a ratio is bounded."""
+    """How a ratio is bounded. For `clip`, the bounds are 1 - low and 1 + high."""
 
     kind: Ratio = Ratio.none
     low: float = 0.0

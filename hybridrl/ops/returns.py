@@ -32,10 +32,11 @@ def future_cost(costs: Tensor, mask: Tensor, gamma: float) -> Tensor:
 def sibling_mean(returns: Tensor, group_size: int, *, leave_one_out: bool) -> Tensor:
     """The mean return, at the same position, of the K responses to a prompt.
 
-    A response that has ended counts with its terminal reward, so the baseline of a token does not
-    depend on anything that the token could change. leave_one_out excludes the response itself,
-    which keeps the gradient unbiased (RLOO on the return, position by position). Example: one
-    position, K=3, returns (3, 0, 6) -> leave-one-out (3, 4.5, 1.5).
+    A response that has ended counts with its terminal return, so that all siblings count at every
+    position. leave_one_out excludes the response itself, so the baseline of a token does not depend
+    on anything that the token could change, and the gradient is unbiased (RLOO on the return,
+    position by position). Example: one position, K=3, returns (3, 0, 6) -> leave-one-out (3, 4.5,
+    1.5).
 
     Args:
         returns: [N, T], N a multiple of K, the responses to a prompt adjacent; rows are padded with
@@ -60,9 +61,9 @@ def sibling_mean(returns: Tensor, group_size: int, *, leave_one_out: bool) -> Te
 def standard_scores(rewards: Tensor, group_size: int) -> Tensor:
     """(R - mean) / (std + 1e-6) within each group (GRPO, arXiv 2402.03300): [N] -> [N].
 
-    std is the population standard deviation. The rewards must be float64, as the division would
-    amplify the rounding errors of equal rewards. Example: rewards (1, 0, 0, 0), K=4 -> mean 0.25,
-    std 0.433: (1.732, -0.577, -0.577, -0.577).
+    std is the population standard deviation. The rewards must be float64, because the division
+    would amplify the rounding errors of equal rewards. Example: rewards (1, 0, 0, 0), K=4 -> mean
+    0.25, std 0.433: (1.732, -0.577, -0.577, -0.577).
     """
     assert rewards.ndim == 1 and rewards.shape[0] % group_size == 0, (rewards.shape, group_size)
     groups = rewards.unflatten(0, (-1, group_size))
@@ -76,13 +77,13 @@ def generalised_advantage(
     """Generalised advantages of costs (GAE, arXiv 1506.02438).
 
     A_t = sum_k gae_lambda^k (g_{t+k} + v_{t+k+1} - v_{t+k}), with v = 0 after the end and the cost
-    of a step g_t = G_t - G_{t+1}, so that any return can be used. gae_lambda = 1 is the return less
-    its value, 0 bootstraps after one step. Example: returns (3, 1), values (2, 2), gae_lambda 0 ->
-    (3 - 1 + 2 - 2, 1 - 2) = (2, -1).
+    of a step g_t = G_t - G_{t+1}, so that any return can be used. gae_lambda = 1 gives the return
+    minus its value, 0 bootstraps after one step. Example: returns (3, 1), values (2, 2), gae_lambda
+    0 -> (3 - 1 + 2 - 2, 1 - 2) = (2, -1).
 
     Args:
         returns: [N, T] the cost G_t from each token to the end.
-        values: [N, T] estimates of it.
+        values: [N, T] estimates of G_t.
         mask: [N, T] bool, True on response tokens, which come first in each row.
         gae_lambda: in [0, 1].
 
