@@ -1,6 +1,7 @@
-"""What a teacher reads in the place of the student's tokens: its own prompt and its own end token.
+"""Converts between the student's tokens and those that a teacher reads: its own prompt and its own
+end token.
 
-A scorer converts each batch to the teacher's tokens when it arrives, and the scores back before it
+A scorer converts each batch that arrives to the teacher's tokens, and the scores back before it
 returns them.
 """
 
@@ -24,10 +25,10 @@ Matrix = TypeVar("Matrix", Tensor, NDArray[np.float32] | NDArray[np.uint16])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndTokens:
-    """The token that ends a response, of the student and of a teacher; two different ids.
+    """The ids of the tokens with which the student and a teacher end a response; they differ.
 
-    The teacher is read as if each of the two tokens had the other's id. That only permutes its
-    vocabulary: its probabilities still sum to 1, and none becomes 0.
+    For the teacher, the two ids are exchanged. That only permutes its vocabulary: its probabilities
+    still sum to 1, and none becomes 0.
 
     Example: EndTokens(student=2, teacher=5).exchanged([7, 5, 2]) -> [7, 2, 5]
     """
@@ -36,7 +37,7 @@ class EndTokens:
     teacher: int
 
     def exchanged(self, ids: Ids) -> Ids:
-        """A copy of token ids with the two exchanged; a second call undoes the first."""
+        """A copy of token ids with the two ids exchanged; a second call undoes the first."""
         copy = ids.copy()
         copy[ids == self.student] = self.teacher
         copy[ids == self.teacher] = self.student
@@ -48,11 +49,11 @@ class EndTokens:
 
 
 def end_tokens(settings: RunSettings, teacher: str) -> EndTokens | None:
-    """The two end tokens; None: the teacher has the student's.
+    """The two end tokens; None: the teacher has the student's end token.
 
     Raises:
         ConfigError: teachers.NAME.eos or model.eos is no special token, the student has no end
-            token, or the teacher's has no row in the student's output embedding.
+            token, or the teacher's end token has no row in the student's output embedding.
     """
     eos = settings.teachers[teacher].eos
     if eos is None:
@@ -97,14 +98,14 @@ class Context:
         return prompt.teacher_prompts.get(self.teacher, prompt.input_ids)
 
     def exchanged(self, ids: Ids) -> Ids:
-        """Tokens of a response, in the teacher's ids from the student's, or the other way round."""
+        """A response's token ids converted from the student's to the teacher's, or back."""
         return ids if self.ends is None else self.ends.exchanged(ids)
 
     def read(self, batch: RolloutBatch) -> RolloutBatch:
         """The batch as the teacher reads it: the same response tokens in the same order, each after
         the teacher's prompt, with the teacher's end token.
 
-        Prompts and observations are not converted, as they may contain the end token of a turn.
+        End tokens in prompts and observations are not exchanged: they may end a turn there.
         """
         own = [prompts.get(self.teacher) for prompts in batch.teacher_prompts]
         if self.ends is None and not any(own):
@@ -127,11 +128,12 @@ class Context:
     def answer(
         self, scores: TokenScores, read: RolloutBatch, batch: RolloutBatch, evidence: Evidence
     ) -> TokenScores:
-        """The scores about the student's tokens.
+        """The scores converted back to the student's tokens.
 
         Args:
-            scores: of the batch as `read` returned it; its rows are changed.
-            batch: the batch that was converted.
+            scores: of `read`; their rows are changed in place.
+            read: the batch as the method `read` returned it.
+            batch: the batch before it was converted.
         """
         if read is batch:
             return scores

@@ -1,4 +1,5 @@
-"""The evidence of a teacher about a response token, and how scorer and learner compute with it.
+"""The evidence that a teacher sends about a response token, and how scorer and learner compute with
+it.
 
 There is one class for each kind of evidence. It defines the width of its rows in the object store,
 how a scorer computes them from the teacher's hidden states, the input of the learner's head pass,
@@ -39,7 +40,7 @@ class States:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """The part of a scorer's answer that is about R' response tokens."""
+    """A scorer's evidence about R' response tokens."""
 
     rows: Tensor  # [R', W]
     support_ids: Tensor  # [R', K] int64, the tokens that `rows` are about; K=0 without a support
@@ -47,15 +48,12 @@ class Reading:
 
 
 class Evidence(ABC):
-    """One kind of evidence. Instances are small frozen values that travel to the scorers.
-
-    A subclass overrides what differs from the log-probs of the whole vocabulary.
-    """
+    """One kind of evidence. Instances are small frozen values that are sent to the scorers."""
 
     __slots__ = ()
 
     name: ClassVar[str]
-    """Of its rows, in the metric transfer/token_bytes/<name>; empty: it has no rows."""
+    """The name of its rows in the metric transfer/token_bytes/<name>; empty: it has no rows."""
     needs_head: ClassVar[bool] = False
     """Whether the learner keeps a copy of the teacher's output embedding."""
     covers_vocabulary: ClassVar[bool] = False
@@ -78,22 +76,26 @@ class Evidence(ABC):
 
     @abstractmethod
     def width(self, vocabulary: int, hidden: int) -> int:
-        """W, the numbers in a row, for a vocabulary of V tokens and a hidden size H."""
+        """W, the number of entries of a row, for a vocabulary of V tokens and a hidden size H."""
 
     def row_dtype(self, head: torch.dtype) -> torch.dtype:
-        """The dtype of a row in the object store, by that of the teacher's output embedding."""
+        """The dtype of a row in the object store.
+
+        Args:
+            head: the dtype of the teacher's output embedding.
+        """
         return _logprob_dtype(head)
 
     @abstractmethod
     def read(self, states: States) -> Reading:
-        """Compute what is sent about these tokens, without gradients. Runs on the scorer."""
+        """Compute the evidence about these tokens, without gradients. Runs on the scorer."""
 
     @abstractmethod
     def head_input(
         self, scores: TokenScores, weight: Tensor, head: Tensor | None
     ) -> Teacher | None:
-        """The teacher with which the head pass compares the student; None: the drawn token's
-        log-prob is all that is known of it. Runs on the learner.
+        """The input with which the head pass compares student and teacher; None: only the drawn
+        token's log-prob is known. Runs on the learner.
 
         Args:
             scores: of R response tokens; its arrays are writable.
@@ -104,19 +106,19 @@ class Evidence(ABC):
     def drawn_logprobs(
         self, rows: np.ndarray, token_ids: Tensor, head: Tensor | None, rule: HeadRule
     ) -> Tensor | None:
-        """[R] log q(y_t) from the rows; None: TokenScores.logprobs always has it.
+        """[R] log q(y_t) from the rows; None: TokenScores.logprobs always contains it.
 
         Args:
-            rows: [R, W] as of TokenScores; writable.
+            rows: [R, W] as in TokenScores; writable.
             token_ids: [R] int64, y_t.
-            head: as of head_input.
+            head: as in head_input.
         """
         return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hidden(Evidence):
-    """The last hidden state: H numbers a token. The learner rebuilds log q over the vocabulary."""
+    """The last hidden state: H numbers a token. The learner computes log q over the vocabulary."""
 
     drawn: bool  # also send log q(y_t), which costs the scorer one pass over the vocabulary
     name = "teacher_hidden"
@@ -153,7 +155,7 @@ class Hidden(Evidence):
 class Vocabulary(Evidence):
     """Log-probs of the whole vocabulary: V numbers a token."""
 
-    drawn: bool  # as of Hidden
+    drawn: bool  # as in Hidden
     name = "teacher_vocabulary"
     covers_vocabulary = True
 
@@ -182,7 +184,7 @@ class Support(Evidence):
 
     k: int
     source: SupportSource
-    correction: Correction  # what accounts for the tokens outside the K
+    correction: Correction  # how tokens other than the K are accounted for
     name = "teacher_support"
 
     @property
@@ -246,7 +248,7 @@ def make_evidence(kind: EvidenceKind, algorithm: AlgorithmConfig, *, drawn: bool
     """The evidence of one teacher.
 
     Args:
-        drawn: log q(y_t) is needed besides the rows, as for costs of future tokens.
+        drawn: log q(y_t) is needed in addition to the rows, e.g. for costs of future tokens.
     """
     match kind:
         case EvidenceKind.hidden:

@@ -1,4 +1,4 @@
-"""The learner's side of the teachers: from columns that scorers sent to the head pass's input."""
+"""The learner's side of the teachers: converts the scorers' columns to input of the head pass."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ from hybridrl.types import ScoredBatch, TokenScores
 
 
 class TeacherInbox:
-    """The learner's copy of each scored teacher: its evidence, and its output embedding where the
-    evidence needs one.
+    """What the learner keeps of each scored teacher: its kind of evidence, and its output embedding
+    if the evidence needs it.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class TeacherInbox:
         """
         Args:
             evidence: of each scored teacher.
-            heads: the output embedding [V, H] of each of them, on the device; None: its evidence
-                needs none.
-            vocabulary: V, the student's.
+            heads: the output embedding [V, H] of each scored teacher, on the device; None: its
+                evidence needs none.
+            vocabulary: V of the student.
         """
         self.evidence = tuple(evidence)
         self.heads = tuple(heads)
@@ -50,8 +50,8 @@ class TeacherInbox:
         """Read the output embeddings that the evidence of the scored teachers needs.
 
         Args:
-            base_head: [V, H] that of the student before training, on the device, for the teachers
-                with share_base; None: there are none.
+            base_head: [V, H] the output embedding of the student before training, on the device,
+                for the teachers with share_base; None: there are no such teachers.
 
         Raises:
             ConfigError: a teacher cannot be loaded.
@@ -75,18 +75,18 @@ class TeacherInbox:
     def head_inputs(
         self, batch: ScoredBatch, teacher_weights: Sequence[Tensor]
     ) -> tuple[Teacher, ...]:
-        """The teachers with which the head pass compares the student, R rows each. A teacher that
-        sends only the drawn token's log-prob is not among them.
+        """The teachers with which the head pass compares the student, R rows each, without those
+        that send only the drawn token's log-prob.
 
         Args:
-            teacher_weights: of each scored teacher [N], w_i of each sequence.
+            teacher_weights: for each scored teacher [N] the weight w_i of each sequence.
         """
         of_tokens = [per_token(weight, batch.rollout).float() for weight in teacher_weights]
         return self._head_inputs(batch.scores, of_tokens)
 
     def idle(self) -> tuple[Teacher, ...]:
-        """Dummy teacher rows with weight 0, for a rank that must run a forward pass with the others
-        but has no data left; one row of each teacher.
+        """One dummy row of each teacher, of weight 0, for a rank that must run a forward pass with
+        the others but has no data left.
         """
         scores = [
             TokenScores(

@@ -1,4 +1,4 @@
-"""Scores that a server or an engine of vLLM reports, which holds the teacher's weights."""
+"""Scores that are reported by a server or an engine of vLLM, which has the teacher's weights."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from hybridrl.teachers.scorer import Scorer, response_tokens
 from hybridrl.types import RolloutBatch, TokenScores
 
 ROUNDING = 1e-3
-"""nats by which rounding may lift a log-prob above 0."""
+"""Nats by which a log-prob may exceed 0 because of rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportedScores:
     """The reported log-probs of one sequence of T tokens.
 
-    Entry t is about token t given those before it; the first one is 0.
+    Entry t is about token t given the tokens before it; the first entry is 0.
 
     Raises:
         ValueError: a log-prob is not finite, or above 0.
@@ -43,15 +43,14 @@ class ReportedScores:
 
 
 class ReportedScorer(Scorer, ABC):
-    """A scorer without weights, whose evidence is log-probs that something else reports: those of
-    the drawn tokens, and of the teacher's own most likely ones, at temperature 1.
+    """A scorer without weights. Its evidence are log-probs that a server or engine reports: those
+    of the drawn tokens, and of the teacher's own most likely ones, at temperature 1.
 
-    A class of this kind says in `answers` where they come from, and in `source` how an error names
-    that.
+    A subclass obtains them in `answers`, and gives their origin for error messages in `source`.
     """
 
     source: str
-    """the setting and its value, e.g. "teachers.big.url=http://host:8000/v1" """
+    """the setting that names the origin, e.g. "teachers.big.url=http://host:8000/v1" """
 
     def __init__(
         self, settings: RunSettings, *, teacher: str, evidence: Evidence, rule: HeadRule
@@ -61,7 +60,7 @@ class ReportedScorer(Scorer, ABC):
         self.peaks = PeakMemory.of_device("cpu")
         self.may_cache = True
         rows = head_rows(settings.model.path, settings.model.revision)
-        # [V, 0]: the columns have the widths of a teacher without an output embedding here.
+        # [V, 0]: this process has no output embedding; only the number of rows is used.
         self.head = torch.empty(rows, 0)
         self.configure(settings, evidence, rule)
 
@@ -70,7 +69,7 @@ class ReportedScorer(Scorer, ABC):
         """The scores of sequences of token ids.
 
         Raises:
-            ServerError: there are none.
+            ServerError: the scores cannot be obtained.
         """
 
     def _score_sequences(
@@ -92,11 +91,10 @@ class ReportedScorer(Scorer, ABC):
         self._remember(scores, batch, sequences)
 
     def _check_tokens(self, answers: Sequence[ReportedScores]) -> None:
-        """Refuse tokens of which the student has no probability.
+        """Refuse tokens that the student does not have.
 
         Raises:
-            ServerError: rows that only pad the teacher's output head are among its most likely
-                tokens.
+            ServerError: padding rows of the teacher's output head are among its most likely tokens.
         """
         largest = max(answer.top_ids.max(initial=-1) for answer in answers)
         if largest >= len(self.head):

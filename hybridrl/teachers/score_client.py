@@ -1,9 +1,9 @@
 """A client of one server that scores sequences: an OpenAI-compatible vLLM server.
 
-A sequence is the prompt of a completion of one token, with `prompt_logprobs=K`: the server reports
-the log-prob of each token of the prompt, and those of its own K most likely tokens in that place.
-Both are of the model's distribution at temperature 1, whatever the parameters of sampling are. The
-form of the answer is that of vLLM 0.32.
+A sequence is sent as the prompt of a completion of one token, with `prompt_logprobs=K`: the server
+reports the log-prob of each token of the prompt, and those of its own K most likely tokens at that
+position. Both are of the model's distribution at temperature 1, whatever the parameters of sampling
+are. The form of the answer is that of vLLM 0.32.
 """
 
 import asyncio
@@ -30,11 +30,11 @@ from hybridrl.teachers.reported import ReportedScores
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which the same request may succeed."""
 PAUSE = wait_random_exponential(multiplier=0.5, max=15.0)
-"""Between two attempts: random, below 0.5 s at first and below 15 s later."""
+"""The pause between two attempts: random, at most 0.5 s at first and at most 15 s later."""
 CLAMPED = -9999.0
-"""What vLLM's server writes for a log-prob of -inf, which JSON cannot hold."""
+"""The number that vLLM's server writes for a log-prob of -inf, which JSON cannot represent."""
 
-MESSAGE = 300  # characters of what a server reports about an error
+MESSAGE = 300  # longest error message of a server, in characters
 
 
 class TransientError(Exception):
@@ -67,11 +67,11 @@ class ScoreClient:
             (scores,) = await client.score("big", [[1, 5, 6]], 0)
 
     Args:
-        setting: that has the address, for error messages.
+        setting: the setting that contains the address, for error messages.
         url: with or without /v1 at its end.
         api_key: None: the server needs none.
         served: concurrency and timeouts.
-        sleep: waits for a number of seconds between two attempts.
+        sleep: waits for the given seconds between two attempts.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class ScoreClient:
         """The log-probs of sequences of token ids, served.concurrency of them at once.
 
         Args:
-            model: the server's name of it.
-            top: K, how many of the most likely tokens are reported besides.
+            model: its name on the server.
+            top: K, the number of most likely tokens to report at each position.
 
         Raises:
             ServerError: as `request`, for the first sequence that fails; the others are cancelled.
@@ -165,10 +165,10 @@ class ScoreClient:
     async def request(
         self, method: str, path: str, body: Mapping[str, Any] | None
     ) -> tuple[int, Any]:
-        """(size in bytes, value) of an answer in JSON, after as many attempts as it takes.
+        """(size in bytes, value) of an answer in JSON; a request that fails is repeated.
 
-        A further attempt begins at most served.retry_s after the first, and each one lasts at most
-        served.request_s.
+        The last attempt begins at most served.retry_s after the first, and each attempt lasts at
+        most served.request_s.
 
         Raises:
             ServerError: the server refuses the request, or no attempt succeeded in that time.
@@ -217,20 +217,20 @@ class ScoreClient:
 
 
 def pause(state: RetryCallState) -> float:
-    """Seconds until the next attempt: as the server demands, and at least a growing random time."""
+    """Seconds until the next attempt: a growing random time, or longer if the server demands it."""
     failure = state.outcome.exception() if state.outcome is not None else None
     demanded = failure.retry_after_s if isinstance(failure, TransientError) else 0.0
     return max(PAUSE(state), demanded)
 
 
 def retry_after(answer: httpx.Response) -> float:
-    """The seconds in the header Retry-After; 0 without it, and where it holds a date."""
+    """The seconds in the header Retry-After; 0 if it is missing or contains a date."""
     text = answer.headers.get("Retry-After", "")
     return float(text) if text.isdecimal() else 0.0
 
 
 def reported(answer: httpx.Response) -> str:
-    """An answer that reports an error, as a clause.
+    """A clause about an answer that reports an error.
 
     Example: "HTTP 404 (The model `big` does not exist.)"
     """
@@ -246,8 +246,8 @@ def reported(answer: httpx.Response) -> str:
 def read_scores(answer: Any, ids: Sequence[int], top: int, nbytes: int) -> ServedScores:
     """The log-probs in the answer to a request for `prompt_logprobs`.
 
-    Its entry t is {id: {"logprob": ..., "rank": ...}} with the K most likely tokens and token t,
-    which makes K + 1 entries if token t is none of the K. The first entry is null.
+    Entry t of the answer is {id: {"logprob": ..., "rank": ...}} for the K most likely tokens and
+    token t, so it has K + 1 items if token t is not among the K. The first entry is null.
 
     Args:
         ids: the sequence, T tokens.

@@ -33,11 +33,11 @@ from hybridrl.types import RolloutBatch, SavedFile, ScoreHeader, TokenScores, Wo
 class Scorer:
     """One replica of one teacher, or one rank of a replica with several devices.
 
-    It makes one forward pass over each sequence and sends its evidence about the response tokens.
-    Where only log-probs are sent, those of the data's responses are computed once and cached.
+    It makes one forward pass over each sequence and returns its evidence about the response tokens.
+    If the evidence is only log-probs of drawn tokens, those of the data's responses are cached.
 
-    The ranks of a replica are given the same calls in the same order. They share the forward pass,
-    and each has all of the result; rank 0 sends it.
+    The ranks of a replica get the same calls in the same order. They share the forward passes, and
+    each has the whole result; rank 0 sends it.
     """
 
     def __init__(
@@ -53,8 +53,9 @@ class Scorer:
     ) -> None:
         """
         Args:
-            place: of this process in a replica with several devices; None: it has one.
-            model: one that the process has already, of which nothing is cached; None: it is loaded.
+            place: this process's rank in a replica with several devices; None: one device.
+            model: a model that this process has already, whose scores are never cached; None: the
+                teacher's model is loaded.
         """
         self.teacher = teacher
         self.device = torch.device(device)
@@ -71,15 +72,15 @@ class Scorer:
         """Use these settings from now on, with the same teacher.
 
         Args:
-            evidence: what is sent of each response token.
-            rule: of the learner's head pass: its temperature, and the tokens computed at once.
+            evidence: what is sent about each response token.
+            rule: the settings of the head pass: temperature, and the tokens computed at once.
         """
         self.route: Mapping[str, Any] = settings.teachers[self.teacher].route
         self.context = Context.of(settings, self.teacher)
         self.evidence = evidence
         self.rule = rule
         model = settings.teacher_model(self.teacher)
-        # Everything besides the tokens that log q depends on.
+        # Everything that log q depends on besides the tokens.
         weights = settings.teachers[self.teacher].model or model.path
         self.identity = f"{weights} {model.revision} {model.dtype} {rule.temperature}"
         ranks = 1 if self.place is None else self.place.ranks
@@ -91,7 +92,7 @@ class Scorer:
         return self.teacher
 
     def score(self, batch: RolloutBatch) -> tuple[ScoreHeader, TokenScores]:
-        """The scores of a batch, and their header."""
+        """The header of a batch's scores, and the scores."""
         rank = 0 if self.place is None else self.place.rank
         failpoints.hit("scorer.score", uid=batch.uids[0], rank=rank)
         started = time.monotonic()
@@ -117,13 +118,13 @@ class Scorer:
         return self.context.answer(scores, batch, given, self.evidence)
 
     def follow(self, batch: RolloutBatch) -> None:
-        """`score` on the other ranks of a replica, where the result stays."""
+        """`score` on a rank other than 0 of a replica, without sending the result."""
         self.score(batch)
 
     def _score_sequences(
         self, scores: TokenScores, batch: RolloutBatch, sequences: Sequence[int]
     ) -> None:
-        """Write the evidence about these sequences into `scores`, and cache it where possible."""
+        """Write the evidence about these sequences into `scores`, and cache it if possible."""
         first_rows = np.concatenate([[0], np.cumsum(batch.response_lengths)])
         lengths = np.diff(batch.offsets)[list(sequences)].tolist()
         for indices in micro_batches(lengths, self.max_tokens):
@@ -142,14 +143,14 @@ class Scorer:
                 self.cached[data_key(batch, i)] = logprobs.copy()
 
     def _nbytes(self, scores: TokenScores) -> dict[str, int]:
-        """Bytes that are sent, by name: of the rows, and of the drawn tokens' log-probs."""
+        """The bytes that are sent, by name: of the rows, and of the drawn tokens' log-probs."""
         drawn = {"teacher_logprobs": scores.logprobs.nbytes}
         if not self.evidence.name:
             return drawn
         return {self.evidence.name: scores.rows.nbytes + scores.support_ids.nbytes} | drawn
 
     def _states(self, batch: RolloutBatch, sequences: Sequence[int]) -> Tensor:
-        """[R', H] the last hidden state before each response token; sequences padded on the
+        """[R', H] the last hidden state before each response token. The sequences are padded on the
         right.
         """
         parts = [batch.trajectory(i) for i in sequences]
@@ -175,7 +176,7 @@ class Scorer:
         return takes(self.route, batch.columns[sequence // batch.group_size])
 
     def _cached(self, batch: RolloutBatch, sequences: Sequence[int]) -> dict[int, np.ndarray]:
-        """The cached log-probs [r] of those sequences that have some, by the sequence's index."""
+        """The cached log-probs [r] by the index of the sequence, for sequences that have some."""
         if not self.caches or batch.source is not Source.data:
             return {}
         keys = {i: data_key(batch, i) for i in sequences}
@@ -184,7 +185,7 @@ class Scorer:
     # -- checkpoint --------------------------------------------------------------------------------
 
     def state_bytes(self) -> int:
-        """The size of the cached log-probs."""
+        """The size of the cached log-probs in bytes."""
         return sum(logprobs.nbytes for logprobs in self.cached.values())
 
     def save_state(self, folder: str, replica: int, replicas: int) -> list[SavedFile]:
@@ -208,8 +209,8 @@ class Scorer:
             ) from error
 
     def load_state(self, folder: str, replica: int, replicas: int) -> list[SavedFile]:
-        """Load the log-probs that this replica cached; where the number of replicas has changed,
-        those of all replicas. Log-probs of another teacher, dtype or temperature are not loaded.
+        """Load the log-probs that this replica cached, or those of all replicas if the number of
+        replicas has changed. Log-probs of another teacher, dtype or temperature are not loaded.
 
         Raises:
             CheckpointError: a file cannot be read as safetensors.
@@ -233,8 +234,8 @@ class Scorer:
 
 
 def data_key(batch: RolloutBatch, sequence: int) -> str:
-    """A key of one response of the data: the digest of its tokens, the prompt's included, and of
-    its mask. It is the same in every epoch.
+    """A key of one response of the data, the same in every epoch: the digest of its tokens,
+    including those of the prompt, and of its mask.
     """
     part = batch.trajectory(sequence)
     return hashlib.sha256(part.input_ids.tobytes() + part.response_mask.tobytes()).hexdigest()

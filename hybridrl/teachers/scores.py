@@ -14,7 +14,7 @@ from hybridrl.types import RolloutBatch, TokenScores
 def empty_scores(
     evidence: Evidence, teacher: str, batch: RolloutBatch, head: Tensor
 ) -> TokenScores:
-    """The columns before a token is scored: log-probs and rows are 0, supports distinct tokens.
+    """The columns before any token is scored: log-probs and rows are 0, supports 0 ... K-1.
 
     Args:
         head: [V, H] the teacher's output embedding.
@@ -44,9 +44,9 @@ def fill_scores(
 
     Args:
         hidden: [R', H] the teacher's last hidden state before each token.
-        head: [V, H] its output embedding.
-        rows: [R'] int64, their indices among the batch's response tokens.
-        tokens: [R'] int64, their indices among all tokens of the batch.
+        head: [V, H] the teacher's output embedding.
+        rows: [R'] int64, the tokens' indices among the batch's response tokens.
+        tokens: [R'] int64, the tokens' indices among all tokens of the batch.
     """
     device = hidden.device
     states = States(

@@ -1,4 +1,4 @@
-"""A scorer whose teacher is run by a server."""
+"""A scorer of a teacher that runs on a server."""
 
 import asyncio
 import logging
@@ -16,13 +16,12 @@ log = logging.getLogger(__name__)
 
 
 class ServedScorer(ReportedScorer):
-    """One client of the server of one teacher; it holds no weights.
+    """A scorer that sends requests to the servers of one teacher, and has no weights.
 
-    A chunk is scored by one server as a whole. Where that is lost, the next one scores the chunk
-    and those after it.
+    One server scores a whole chunk. If it fails, the next one scores the chunk and all later ones.
 
     Raises:
-        ServerError: from `score`, if no server answers; names the settings and the addresses.
+        ServerError: from `score`, if no server answers; it names the settings and the addresses.
     """
 
     def __init__(
@@ -46,10 +45,10 @@ class ServedScorer(ReportedScorer):
         self.source = f"teachers.{self.teacher}.url={self.config.url}"
 
     def answers(self, sequences: Sequence[Sequence[int]]) -> list[ServedScores]:
-        """The scores of sequences of token ids, all by the first server that is not lost.
+        """The scores of sequences of token ids, all by the first server that answers.
 
         Raises:
-            ServerError: all are lost, or refuse the sequences.
+            ServerError: every server fails or refuses the sequences.
         """
         servers = addresses(self.teacher, self.config)
         failures = []
@@ -78,7 +77,7 @@ def addresses(teacher: str, config: TeacherConfig) -> list[tuple[str, str]]:
 async def score_with(
     server: tuple[str, str], config: TeacherConfig, sequences: Sequence[Sequence[int]], top: int
 ) -> list[ServedScores]:
-    """The scores of one server.
+    """The scores of sequences by one server, with its `top` most likely tokens at each position.
 
     Raises:
         ServerError: as ScoreClient.score and served_model.
@@ -93,7 +92,8 @@ async def served_model(client: ScoreClient, config: TeacherConfig) -> ServedMode
     """The model that a server has for a teacher.
 
     Raises:
-        ServerError: it has none of the name served.model; or no name is set, and it has several.
+        ServerError: the server has no model of the name served.model; or no name is set, and it
+            does not have exactly one.
     """
     models = await client.models()
     name = config.served.model

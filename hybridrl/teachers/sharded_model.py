@@ -1,11 +1,11 @@
 """A teacher whose weights are divided among the ranks of one scorer replica.
 
-This is FSDP2 of torch, as transformers sets it up. Each rank reads its rows of every weight from
-the files, and no others. In a forward pass the ranks gather one decoder layer after the other, use
-it and free it, and each of them computes its own sequences. So it works for every number of ranks,
-and rounds as one device does. Two other ways were read and not taken. Tensor parallelism needs a
-number of ranks that divides the heads, and divides each product, which rounds differently. With
-ZeRO 3, transformers reads the whole model on every rank before it divides it.
+This is torch's FSDP2, as transformers sets it up. Each rank reads only its rows of every weight
+from the files. In a forward pass the ranks gather one decoder layer after the other, use it and
+free it, and each rank computes its own sequences. So it works with every number of ranks, and
+rounds as a single device does. Two alternatives were rejected. Tensor parallelism needs a number of
+ranks that divides the heads, and splits each product, which rounds differently. With ZeRO 3,
+transformers reads the whole model on every rank before it divides it.
 """
 
 from dataclasses import dataclass
@@ -35,11 +35,11 @@ def join_replica(place: ReplicaRank, device: torch.device, timeout_s: float) -> 
     """Join the process group of the replica.
 
     Args:
-        timeout_s: for each wait of a rank for the others; then the wait raises an error.
+        timeout_s: the longest wait of a rank for the others, after which it raises an error.
 
     Raises:
-        ConfigError: the device is the CPU, and torch is built for accelerators, on which
-            transformers would put the weights.
+        ConfigError: the device is the CPU, but torch is built for an accelerator, to which
+            transformers would load the weights.
     """
     accelerator = torch.accelerator.current_accelerator()
     if device.type == "cpu" and accelerator is not None:
@@ -59,27 +59,27 @@ def join_replica(place: ReplicaRank, device: torch.device, timeout_s: float) -> 
 
 
 class ShardedModel:
-    """A Hugging Face model over several devices. Every rank makes the same calls in the same
-    order, and gets the same results.
+    """A Hugging Face model whose weights are divided among several devices, a TeacherModel. Every
+    rank makes the same calls in the same order, and gets the same results.
     """
 
     def __init__(self, model: PreTrainedModel, setting: str, place: ReplicaRank) -> None:
         """
         Args:
-            model: as load_model gives it to the ranks of the process group.
+            model: of load_model with this number of shards.
             setting: how an error names the model.
         """
         self.model = model
         self.place = place
         device = model.device
-        # The body is what a pass calls, so it must know when a pass begins: then a layer is
-        # gathered while the one before it computes.
+        # `states` calls the body alone, so the body must be FSDP's root, which starts each pass;
+        # then a layer is gathered while the one before it computes.
         fully_shard(model.base_model, mesh=init_device_mesh(device.type, (place.ranks,)))
-        # Where the config ties the embeddings, the output embedding belongs to the whole model.
+        # If the config ties the embeddings, the output embedding belongs to the whole model.
         holder = next(
             m for m in (model.get_output_embeddings(), model) if isinstance(m, FSDPModule)
         )
-        holder.unshard()  # and it stays whole, as every rank reads evidence with it
+        holder.unshard()  # it stays whole, because every rank computes evidence with it
         self._head = output_weight(model, setting=setting).detach()
 
     @property
@@ -87,16 +87,17 @@ class ShardedModel:
         return self._head
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """As TeacherModel.states; this rank computes its share of the sequences.
+        """As TeacherModel.states. This rank computes its share of the sequences and gathers the
+        others.
 
         Raises:
-            RuntimeError: the ranks were given different sequences, or one of them failed.
+            RuntimeError: the ranks got different sequences, or one of them failed.
         """
         self._check_same(input_ids)
         count = len(input_ids)
         share = -(-count // self.place.ranks)
         first = self.place.rank * share
-        # A rank without sequences repeats the last one: it must gather layers with the others.
+        # A rank without sequences repeats the last one, because all must gather layers together.
         own = torch.arange(first, first + share, device=input_ids.device).clamp_max(count - 1)
         states = self.model.base_model(
             input_ids=input_ids[own],
@@ -109,7 +110,7 @@ class ShardedModel:
         return gathered[:count]
 
     def _check_same(self, input_ids: Tensor) -> None:
-        """Compare the tokens of the ranks: one of them may have lost a call that others got."""
+        """Raise RuntimeError if the ranks have different tokens: one may have missed a call."""
         weights = torch.arange(1, input_ids.numel() + 1, device=input_ids.device)
         digest = (input_ids.flatten() * weights).sum()  # int64, which wraps around
         own = torch.stack([digest, digest.new_tensor(input_ids.numel())])

@@ -20,7 +20,7 @@ from hybridrl.teachers.sharded_model import ReplicaRank, ShardedModel, join_repl
 class TeacherModel(Protocol):
     """A language model whose logits are states @ head^T. It is never trained.
 
-    B sequences of at most T tokens, padded on the right; H numbers in a state, V tokens.
+    Letters: B sequences of at most T tokens, padded on the right; hidden size H; vocabulary V.
     """
 
     @property
@@ -63,11 +63,11 @@ def load_teacher(
     """The model of teachers.<teacher>, on the device.
 
     Args:
-        place: of this process in a replica with several devices, all of which make this call; None:
-            the replica has one device.
+        place: this process's rank in a replica with several devices, all of which make this call;
+            None: the replica has one device.
 
     Raises:
-        ConfigError: it cannot be loaded, or a user's class lacks what TeacherModel has.
+        ConfigError: the model cannot be loaded, or a user's class is not a TeacherModel.
     """
     own_class = settings.teachers[teacher].model
     if own_class is not None:
@@ -95,7 +95,7 @@ def load_teacher(
 
 
 def load_teacher_head(settings: RunSettings, teacher: str) -> Tensor:
-    """[V, H] the output embedding of teachers.<teacher> alone, on the CPU; V rows or more.
+    """The output embedding of teachers.<teacher> alone, on the CPU: [V, H], or with more rows.
 
     Raises:
         ConfigError: as load_teacher.
