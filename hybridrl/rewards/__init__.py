@@ -1,1 +1,1 @@
-"""Reward functions, and the pool of killable processes that calls them."""
+"""Reward functions, and the pool of child processes in which they run and can be killed."""

@@ -1,7 +1,7 @@
-"""From a function that Python has imported to `reward.functions.NAME.function`.
+"""Converts imported Python functions to values of `reward.functions.NAME.function`.
 
-Processes on other nodes run a reward function. They load it from its file, so the function must be
-what that file defines under its name.
+Processes on other nodes run a reward function. They load it from its file, so the file must define
+the function under its name.
 """
 
 import inspect
@@ -20,12 +20,12 @@ WRITE_IT = (
 
 
 def reward_files(rewards: Mapping[str, Callable[..., Any]]) -> dict[str, str]:
-    """The file.py:name of each function or class, by its name; a built-in's own word for it.
+    """The file.py:name of each function or class, or the name of a built-in, by the reward's name.
 
     Example: {"mine": my_rewards.score} -> {"mine": "/home/me/my_rewards.py:score"}
 
     Raises:
-        ConfigError: a value is no function or class, or a worker could not load it from a file.
+        ConfigError: a value is not a function or class, or a worker could not load it from a file.
     """
     return {name: _reward_file(name, function) for name, function in rewards.items()}
 

@@ -1,8 +1,8 @@
-"""Checks of the reward functions before any worker starts: they load, and they fit the data.
+"""Checks, before any worker starts, that the reward functions can be loaded and fit the data.
 
 Each function is also called once, on the first prompt that has its columns, with a short text as
-the response. An exception there is only a warning, since a function may refuse a text that no
-trained model would write.
+the response. If that fails, a warning is logged and the run goes on, since a function may refuse a
+text that no trained model would write.
 """
 
 import logging
@@ -23,10 +23,10 @@ if TYPE_CHECKING:  # child processes import this package and must not load Hydra
 logger = logging.getLogger(__name__)
 
 STANDARD = ("completions", "prompts", "completion_ids", "prompt_ids")
-"""Arguments that every function may name, besides the columns of the data."""
+"""Arguments that every function may have, besides the columns of the data."""
 
 MOST_VALUES = 10
-"""Values of a column that an error names."""
+"""Largest number of a column's values that an error lists."""
 
 TRIAL = "The answer is 42."
 
@@ -58,7 +58,7 @@ def loaded_rewards(config: "RewardConfig", load_s: float = LOAD_S) -> Iterator[R
     """A pool of one child with every configured function loaded; None where no function is set.
 
     Args:
-        load_s: longest time for loading them, deadlines.start_s.
+        load_s: time limit for loading them, deadlines.start_s.
 
     Raises:
         ConfigError: names the first function that cannot be loaded.
@@ -109,9 +109,9 @@ def check_columns(
 
 
 def check_judged(config: "RewardConfig", prompts: Sequence["Prompt"]) -> None:
-    """Refuse a prompt that no reward function scores; there may be no function at all.
+    """Refuse a prompt that no reward function scores, unless there is no function at all.
 
-    Where a function has a weight that is not 0, one of these must score the prompt.
+    If there are functions whose weight is not 0, one of these must score the prompt.
 
     Raises:
         ConfigError: names the first such prompt, with its columns.
@@ -133,12 +133,13 @@ def check_judged(config: "RewardConfig", prompts: Sequence["Prompt"]) -> None:
 def check_judge(
     key: str, reward: str | None, config: "RewardConfig", prompts: Sequence["Prompt"]
 ) -> None:
-    """Refuse problems of a set that its reward function does not take, or that none takes where the
-    set names none.
+    """Refuse problems of an evaluation set that its reward function does not take, or, if the set
+    names no function, that no function takes.
 
     Args:
         key: of the set, e.g. "eval.sets.hard".
-        reward: the function that the set names; None: each problem has the first that takes it.
+        reward: the function that the set names; None: the first function that takes a problem
+            judges it.
 
     Raises:
         ConfigError: names the first such problem.
@@ -160,7 +161,7 @@ def check_taken(key: str, route: Mapping[str, Any], prompts: Sequence["Prompt"])
     """Refuse a route that takes none of the prompts.
 
     Args:
-        key: of the function or teacher, e.g. "teachers.main".
+        key: the setting of the function or teacher, e.g. "teachers.main".
 
     Raises:
         ConfigError: names the route and the values that the data has.
@@ -181,7 +182,7 @@ def check_taken(key: str, route: Mapping[str, Any], prompts: Sequence["Prompt"])
 
 
 def of_sources(prompts: Sequence["Prompt"]) -> list[list["Prompt"]]:
-    """The prompts of each data source; all of them, where there is a single source."""
+    """The prompts of each data source; if there are no named sources, all of them as one part."""
     parts: dict[str | None, list[Prompt]] = {}
     for prompt in prompts:
         parts.setdefault(source_of(prompt.uid), []).append(prompt)

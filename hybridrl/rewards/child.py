@@ -1,14 +1,14 @@
-"""The program of a child process of the pool: the only place where a reward function is called.
+"""The program of a child process of the pool, and the only place where a reward function is called.
 
-No object of a reward function's own types leaves the child: answers are JSON, with values as floats
-and everything else as bounded text.
+No object of a type that a reward function defines leaves the child: answers are JSON, with values
+as floats and everything else as text of bounded length.
 
     owner -> child    pickled (name, number of sequences, keywords)
-    child -> owner    {"name": signature or why it cannot be loaded, ...}, once, after loading
+    child -> owner    {"name": signature, or why it cannot be loaded, ...}, once, after loading
     child -> owner    "accepted", before each call, then {"values": [...]} or {"text": ...}
 
-A child writes no core file. Its memory is not limited: torch and CUDA reserve far more addresses
-than they use. Its working directory is the worker's, since functions read files of their own by
+A child writes no core file. Its memory is not limited, because torch and CUDA reserve far more
+addresses than they use. Its working directory is the worker's, because functions may read files by
 relative paths.
 """
 
@@ -46,7 +46,7 @@ class RewardCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Raised:
-    """A call that failed as a whole: it raised, or did not return one value per sequence."""
+    """A call that failed as a whole: it raised, or did not return one item per sequence."""
 
     text: str
     wrong_result: bool = False  # it returned, but not a list of the right length
@@ -57,7 +57,13 @@ Answer = list[float | str | None] | Raised
 
 
 def run(line: Connection, work: Connection, calls: Mapping[str, RewardCall]) -> None:
-    """Start a guard and, below it, a child that answers calls until `work` is closed."""
+    """Turn this process into a guarded child that answers calls until `work` is closed.
+
+    Args:
+        line: the guard's end of its connection to the owner.
+        work: the child's end of the connection for calls and answers.
+        calls: the reward functions by name.
+    """
     for call in calls.values():
         redact.remember(redact.secrets_in(call.options, "options"))
     start_guard(line)
@@ -85,7 +91,7 @@ def answer_of(
     """The result of one call.
 
     Args:
-        function: a text is the reason why the function could not be loaded.
+        function: the function, or as text the reason why it could not be loaded.
     """
     if isinstance(function, str):
         return Raised(text=function)
@@ -93,7 +99,7 @@ def answer_of(
         values = function(**keywords)
         if inspect.isawaitable(values):
             values = event_loop().run(_awaited(values))
-    except BaseException as error:  # SystemExit too: a child survives whatever a function raises
+    except BaseException as error:  # also SystemExit: no exception of a function ends the child
         return Raised(text=described(error))
     try:
         if isinstance(values, Mapping | str | bytes | bytearray | set | frozenset):
@@ -101,7 +107,7 @@ def answer_of(
         values = list(itertools.islice(values, num_sequences + 1))  # a generator may have no end
         if len(values) == num_sequences:
             return [_checked(value) for value in values]
-    except BaseException as error:  # the returned object may run code of its own
+    except BaseException as error:  # reading the returned object may run its code
         return Raised(
             text=f"returned {type(values).__name__}, must be a list of numbers "
             f"({described(error)})",
@@ -115,7 +121,7 @@ def answer_of(
 
 @cache
 def event_loop() -> asyncio.Runner:
-    """One loop for all calls, since an async function may retain objects that are bound to it."""
+    """One event loop for all calls, because an async function may keep objects bound to it."""
     return asyncio.Runner()
 
 
@@ -135,10 +141,10 @@ def _signature(function: RewardFunction | str) -> dict[str, Any] | str:
 
 
 def _checked(value: object) -> float | str | None:
-    """A finite number as a float, None for None, and a sentence for anything else.
+    """A finite number as a float, None as None, and an error text for anything else.
 
-    Numbers of one element of numpy and torch count, e.g. np.bool_ or an array of shape (). They are
-    converted before they are compared: in float16 every bound above 65504 is infinite.
+    Arrays and tensors of shape () count as numbers, e.g. np.bool_. They are converted to Python
+    numbers before they are compared, since in float16 every bound above 65504 is infinite.
     """
     if value is None:
         return None

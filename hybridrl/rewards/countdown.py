@@ -1,4 +1,5 @@
-"""Countdown: 1 if the completion uses every given number once and reaches the target, else 0.
+"""The Countdown reward: 1 if the completion uses every given number once and reaches the target,
+else 0.
 
     numbers [3, 7, 9], target 20      "3*9-7" -> 1.0      "20" -> 0.0      "3*9-" -> 0.0
 
@@ -27,7 +28,7 @@ def countdown(completions: list[str], numbers: list[list[int]], target: list[int
     without outer spaces.
 
     Raises:
-        ValueError: numbers or a target of the data are text, as all cells of a CSV file are.
+        ValueError: numbers or a target of the data are text, as every cell of a CSV file is.
     """
     for given, goal in zip(numbers, target, strict=True):
         if not isinstance(given, list | tuple) or not all(isinstance(n, Real) for n in given):
@@ -58,8 +59,9 @@ class Expression:
     Example: Expression("(1+2)/4") has value Fraction(3, 4) and numbers [1, 2, 4].
 
     Raises:
-        ValueError: not a well-formed expression, or longer or deeper than the bounds.
-        ZeroDivisionError: a division by zero.
+        ValueError: the text is not a well-formed expression, longer than MAX_CHARS, or nested more
+            than MAX_DEPTH deep.
+        ZeroDivisionError: the expression divides by zero.
     """
 
     def __init__(self, text: str) -> None:

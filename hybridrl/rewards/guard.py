@@ -2,14 +2,15 @@
 
     owner == line == guard --- child --- processes of a reward function, sessions and orphans too
 
-The guard acts when the line closes (also after a SIGKILL of the owner), when a message arrives on
-the line, and when the child ends by itself. It is not a child of the owner, because Ray kills the
-children of a worker together with the worker. It leads a session of its own and is the reaper of
-its descendants: an orphan becomes the guard's child instead of init's, so no process that a reward
-function starts leaves the tree below the guard. Where the kernel lets the guard make a control
-group (cgroup v2), the child runs in it, and one write kills the whole group, however fast it forks.
+The guard ends them when the line closes (also because the owner was killed with SIGKILL), when a
+message arrives on the line, and when the child ends by itself. It is not a child of the owner,
+because Ray kills the children of a worker together with the worker. It leads its own session and is
+the subreaper of its descendants: an orphan becomes the guard's child instead of init's, so no
+process that a reward function starts leaves the tree below the guard. If the kernel lets the guard
+make a control group (cgroup v2), the child runs in it, and one write kills the whole group, however
+fast it forks.
 
-The guard also forwards what the child and its descendants print, bounded and escaped.
+The guard also forwards the output of the child and its descendants, escaped and at a bounded rate.
 """
 
 import ctypes
@@ -35,18 +36,19 @@ PR_SET_CHILD_SUBREAPER = 36
 NO_CONTROL_GROUP = "HYBRIDRL_NO_CONTROL_GROUP"
 """An environment variable; if it is set, the guard kills processes one by one, without a cgroup."""
 
-GIVE_UP_S = 60.0  # for a process that SIGKILL does not end, e.g. one of another user
-OUTPUT_BYTES = 64 * 1024  # that a child may print in one period
+GIVE_UP_S = 60.0  # longest wait for processes that SIGKILL does not end, e.g. of another user
+OUTPUT_BYTES = 64 * 1024  # bytes of output that are forwarded in one period
 OUTPUT_PERIOD_S = 60.0
 LINE_CHARS = 2000
 PIPE_BYTES = 1024 * 1024
 
 
 def start_guard(line: Connection) -> None:
-    """Turn this process into a guarded child: the call returns only in the child.
+    """Fork a guard and a guarded child; the call returns only in the child.
 
-    The calling process ends at once with exit status 0. The guard sends the child's exit code as
-    text over the `line`, and closes the line once everything has ended.
+    The calling process ends at once with exit status 0. If the child ends by itself, the guard
+    sends its exit code as text over the `line`. The guard closes the line once all processes have
+    ended.
 
     Args:
         line: the guard's end of a connection whose other end only the owner holds.
@@ -73,7 +75,7 @@ def start_guard(line: Connection) -> None:
 
 
 def _become_child(group: Path | None, printed: int) -> None:
-    """Start a session in the control group; end with the guard, and print into the pipe."""
+    """Join the control group in a new session, end when the guard ends, and print into the pipe."""
     guard = os.getppid()
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != guard:  # the guard ended before the request took effect
@@ -84,13 +86,13 @@ def _become_child(group: Path | None, printed: int) -> None:
     for descriptor in (1, 2):
         os.dup2(printed, descriptor)
     os.close(printed)
-    # New streams, since Python's own were set up for the owner's files or terminals.
+    # New streams, because the present ones were opened for the owner's files or terminal.
     sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
 def _guard(line: Connection, child: int, group: Path | None, output: int) -> None:
-    """Wait for the end of the child or of the line, then end all descendants.
+    """Wait until the child ends, or the line closes or has a message; then end all descendants.
 
     Args:
         child: its process id.
@@ -99,9 +101,9 @@ def _guard(line: Connection, child: int, group: Path | None, output: int) -> Non
     wakeup, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # only so that it wakes `select`
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler, so that the signal wakes `select`
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the guard ends with the owner, not before
+        signal.signal(number, signal.SIG_IGN)  # the guard must not end before the owner
     forwarder = Thread(target=_forward, args=(output,), daemon=True)
     forwarder.start()
     try:
@@ -124,7 +126,7 @@ def reaped() -> dict[int, int]:
     """The wait status of each child that has ended, by process id.
 
     Raises:
-        ChildProcessError: this process has no child, neither running nor ended.
+        ChildProcessError: this process has no children at all, running or ended.
     """
     ended: dict[int, int] = {}
     while True:
@@ -140,7 +142,11 @@ def reaped() -> dict[int, int]:
 
 
 def end_descendants(group: Path | None) -> None:
-    """Kill and reap the descendants of this process until there are none."""
+    """Kill and reap the descendants of this process until there are none, for at most GIVE_UP_S.
+
+    Args:
+        group: the control group of the child, which is removed; None: it has none.
+    """
     end = time.monotonic() + GIVE_UP_S
     with suppress(ChildProcessError):
         while time.monotonic() < end:
@@ -158,7 +164,7 @@ def end_descendants(group: Path | None) -> None:
 
 
 def descendants(root: int) -> list[int]:
-    """The process ids of all descendants of `root`, zombies included, parents first."""
+    """The process ids of all descendants of `root`, including zombies, parents first."""
     children: dict[int, list[int]] = {}
     for pid, parent in _parents():
         children.setdefault(parent, []).append(pid)
@@ -180,9 +186,10 @@ def _parents() -> Iterator[tuple[int, int]]:
 
 
 def make_control_group() -> Path | None:
-    """Make a control group inside of this process's own.
+    """Make a control group inside of that of this process.
 
-    Returns None where the kernel or the permissions do not allow it.
+    Returns:
+        Its folder; None if NO_CONTROL_GROUP is set or the kernel or the permissions forbid it.
     """
     if NO_CONTROL_GROUP in os.environ:
         return None
@@ -196,7 +203,7 @@ def make_control_group() -> Path | None:
     except (OSError, StopIteration):
         return None
     try:
-        # Writing a process id may be refused although making the folder was permitted.
+        # Try it in a process: joining may be refused although making the folder was permitted.
         probe = os.fork()
         if probe == 0:
             _join_and_exit(group)
@@ -230,7 +237,7 @@ def prctl(option: int, value: int) -> None:
 def _forward(output: int) -> None:
     """Write the lines that arrive on the pipe to stderr, escaped and at a bounded rate.
 
-    It runs in a thread, since a reader of stderr may be slow or absent.
+    It runs in a thread, because writing to stderr may block.
     """
     remaining = OUTPUT_BYTES
     dropped = 0
@@ -258,7 +265,7 @@ def _forward(output: int) -> None:
 
 
 def _print_line(line: bytes) -> None:
-    # Truncate first, since masking takes time quadratic in the length of a word.
+    # Truncate first, because masking takes time quadratic in the length of a word.
     text = line[: 2 * LINE_CHARS].decode(errors="backslashreplace")
     _print(plain(redact.text(text), LINE_CHARS))
 

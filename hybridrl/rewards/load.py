@@ -1,15 +1,15 @@
-"""From `reward.functions.NAME.function` to a callable.
+"""Loads the callable that `reward.functions.NAME.function` names.
 
 A reward function has TRL's batch signature:
 
     def f(completions: list[str], prompts: list[str], **columns: list) -> list[float | None]
 
-It is called with keywords, lists of one length: `completions`, `prompts`, `completion_ids`,
-`prompt_ids` and the problem's columns, as many of them as its signature names (all, if it has
-**kwargs), and with its options. Each sequence must be scored independently: a function that fails
-is called again with one sequence at a time.
+It is called with its options and with keyword arguments that are lists of equal length:
+`completions`, `prompts`, `completion_ids`, `prompt_ids` and the problem's columns, of which it gets
+those that its signature names, or all if it has **kwargs. It must score each sequence
+independently, since a call that fails is repeated with one sequence at a time.
 
-A class is instantiated once in each child process, from its options; the instance is then called
+A class is instantiated with its options once in each child process; the instance is then called
 with the columns.
 """
 
@@ -27,7 +27,7 @@ from hybridrl.core.user_files import load_from_file
 RewardFunction = Callable[..., Any]
 """Returns a list [N] of float | None, or an awaitable of one."""
 
-# Import paths, not callables, so that only the process that runs a function imports its libraries.
+# Import paths and not callables, so that only a process that runs a function imports its libraries.
 BUILT_IN = {
     "countdown": "hybridrl.rewards.countdown:countdown",
     "math": "hybridrl.rewards.maths:math",
@@ -39,12 +39,11 @@ BUILT_IN = {
 def load_reward(name: str, function: str, options: dict[str, Any]) -> RewardFunction:
     """The callable of `reward.functions.<name>.function` with its options bound.
 
-    A file.py:function runs the file.
+    Loading a file.py:function executes the file.
 
     Raises:
-        ConfigError: an unknown name, no such file, no such function in it, a file that raises, an
-            option that the function does not take, or a class that cannot be built from its
-            options.
+        ConfigError: the name is unknown; the file does not exist, raises, or has no such function;
+            the function does not take an option; or a class cannot be built from its options.
     """
     field = f"reward.functions.{name}.function={function}"
     path, colon, attribute = function.rpartition(":")

@@ -1,10 +1,11 @@
-"""Mathematics: 1 if math-verify finds the final answer equal to the reference, else 0.
+"""The reward for mathematics: 1 if math-verify finds the final answer equal to the reference, else
+0.
 
     answer "1/2"      "so it is $\\frac{2}{4}$" -> 1.0      "0.5" -> 1.0      "2" -> 0.0
 
-math-verify evaluates parts of the text with sympy, so call it only where the pool calls it: in a
-child process that holds no secrets and is killed at its deadline. It does not protect from a text
-that is written to run code.
+math-verify evaluates parts of the text with sympy. So it must be called only by the pool, in a
+child process that has no secrets and is killed at its deadline. Even there a text that is written
+to run code may do so.
 """
 
 import logging
@@ -12,7 +13,7 @@ import math as numbers
 
 from math_verify import parse, verify
 
-# math-verify's own timeouts score a slow answer as wrong; the deadline of the call is an error.
+# math-verify's own timeouts would score a slow answer as wrong; the pool's deadline is an error.
 NO_TIMEOUT = None
 
 for module in ("parser", "grader"):
@@ -27,8 +28,8 @@ def math(completions: list[str], answer: list[str | int | float]) -> list[float]
         answer: a number, LaTeX or a plain expression, with or without $ or \\boxed.
 
     Raises:
-        ValueError: a reference answer that is neither text nor a finite number, or that math-verify
-            cannot read, so that no completion could be right.
+        ValueError: a reference answer is neither text nor a finite number, or math-verify cannot
+            read it, so that no completion could be right.
     """
     return [
         _equal(completion, _reference(reference))

@@ -1,10 +1,10 @@
 """Reward functions in child processes, which can be killed one by one at a deadline.
 
-The sequences are sent as one task per child. When a task hangs, crashes, raises or returns a list
-of the wrong length, its sequences are sent again one at a time, each with the deadline, so that
-only the sequences that cause the failure fail; the first such failure of each function is logged.
-Once more than `max_timeouts` of the batch have timed out, or `budget_s` has passed, the rest is not
-run and counts as timed out too: a function that always hangs costs about (1 + max_timeouts * N /
+The sequences are sent as one task per child. If a task hangs, crashes, raises or returns a list of
+the wrong length, its sequences are sent again one at a time, each with the deadline, so that only
+the sequences that cause the failure fail; the first such failure of each function is logged. When
+more than `max_timeouts` of the batch have timed out, or `budget_s` has passed, the others are not
+run and count as timed out too. So a function that always hangs costs about (1 + max_timeouts * N /
 processes) deadlines, not N.
 
     pool.call("score", {"completions": ["a", "b"]})
@@ -30,14 +30,14 @@ if TYPE_CHECKING:  # child processes import this package and must not load Hydra
 log = logging.getLogger(__name__)
 
 LOAD_S = 120.0
-"""Longest time for a child to start and load the functions, unless another one is given."""
+"""Default time limit for a child to start and load the functions."""
 
 
 class FailureKind(StrEnum):
-    timeout = "timeout"  # killed at reward.timeout_s
+    timeout = "timeout"  # killed at reward.timeout_s, or not run because of earlier timeouts
     died = "died"  # its process ended
-    raised = "raised"
-    invalid = "invalid"  # did not return one finite number per sequence
+    raised = "raised"  # an exception
+    invalid = "invalid"  # did not return one finite number or None per sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +56,12 @@ class RewardPool:
     """A pool of children, each with every function loaded; a child that ends is replaced.
 
     Args:
-        calls: function and options by reward name.
+        calls: the reward functions by name.
         processes: number of children.
         timeout_s: deadline of one task, which is all sequences of a child or a single one.
-        max_timeouts: largest share of a batch that may time out, in [0, 1].
+        max_timeouts: share of a batch in [0, 1]; if more time out, the others are not run.
         budget_s: time of one `call` after which no further task is started.
-        load_s: longest time for a child to start and load the functions.
+        load_s: time limit for a child to start and load the functions.
 
     Raises:
         ConfigError: a function cannot be loaded.
@@ -82,7 +82,7 @@ class RewardPool:
         self._max_timeouts = max_timeouts
         self._budget_s = budget_s
         self._load_s = load_s
-        self._reported: set[str] = set()  # functions of which a failed call is logged
+        self._reported: set[str] = set()  # functions of which a failed call was logged
         self._processes = [RewardProcess(self._calls) for _ in range(processes)]
         try:
             self.signatures = self._load()
@@ -91,10 +91,10 @@ class RewardPool:
             raise
 
     def call(self, name: str, columns: Mapping[str, list[Any]]) -> list[Outcome]:
-        """One outcome per sequence, for lists of length N >= 1.
+        """One outcome per sequence, for columns that are lists of length N >= 1.
 
-        Only the columns that the function takes are passed. A column that it requires and `columns`
-        lacks is passed as N times None.
+        Only the columns that the function takes are passed. A required column that `columns` lacks
+        is passed as N times None.
         """
         num_sequences = len(columns["completions"])
         end = time.monotonic() + self._budget_s  # no task is started later
@@ -114,7 +114,7 @@ class RewardPool:
         return [outcomes[i] for i in range(num_sequences)]
 
     def _report(self, name: str, num_sequences: int, failure: Failure) -> None:
-        """Log that the sequences of a failed task are sent again, once for each function."""
+        """Log, only once for each function, that the sequences of a failed task are sent again."""
         if name not in self._reported:
             self._reported.add(name)
             log.warning(
@@ -181,7 +181,11 @@ class RewardPool:
     def _send(
         self, i: int, name: str, columns: dict[str, list[Any]], part: range
     ) -> Failure | None:
-        """Submit a part to process i, or to its replacement if it ended between two calls."""
+        """Submit a part to process i, or to its replacement if it ended between two calls.
+
+        Returns:
+            None if the process accepted it, else why neither process did.
+        """
         keywords = {k: v[part.start : part.stop] for k, v in columns.items()}
         reason = ""
         for _ in range(2):
@@ -245,7 +249,7 @@ class RewardPool:
 
 
 def reward_calls(config: "RewardConfig", device: str = "cpu") -> dict[str, RewardCall]:
-    """`reward.functions` in the form that the pool takes.
+    """The reward functions of the settings as arguments of a pool.
 
     Args:
         device: of the reward models.
@@ -260,7 +264,7 @@ def reward_calls(config: "RewardConfig", device: str = "cpu") -> dict[str, Rewar
 
 
 def _spread(part: range, answer: list[Outcome] | Failure) -> dict[int, Outcome]:
-    """The outcome of each sequence of a part; a failure of the whole part is that of each."""
+    """The outcome by sequence of a part; a failure of the whole part counts for each sequence."""
     if isinstance(answer, Failure):
         return dict.fromkeys(part, answer)
     return dict(zip(part, answer, strict=True))

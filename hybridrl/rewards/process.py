@@ -1,6 +1,6 @@
-"""A child process of the pool, as its owner sees it.
+"""The owner's side of a child process of the pool.
 
-It works on one call at a time and can be killed at any moment.
+The child executes one call at a time and can be killed at any moment.
 """
 
 import json
@@ -15,13 +15,15 @@ from hybridrl.rewards.signature import Signature
 from hybridrl.rewards.spawn import BareContext, limit_waits
 
 MAX_CHARS = 2000
-"""Longest text from a child; the child bounds it too, unless a function forged the answer."""
+"""Longest text that is accepted from a child. The child bounds it too, but a function may forge
+the answer.
+"""
 
 MAX_BYTES = 64 * 1024 * 1024
 """Largest answer of one call."""
 
 STUCK_S = 30.0
-"""Longest wait in the middle of a message, or for the guard's last message."""
+"""Longest wait, in seconds, in the middle of a message or for the guard's last message."""
 
 FORGED = (
     "the function disturbed the pipe that carries its results; it must not write to open file "
@@ -36,7 +38,7 @@ class ProcessEnded(Exception):
 
 
 class RewardProcess:
-    """A child process; the constructor starts it and does not wait for the functions to load."""
+    """A child process. The constructor starts it without waiting until the functions are loaded."""
 
     def __init__(self, calls: Mapping[str, RewardCall]) -> None:
         self.loaded: dict[str, Signature | str] | None = None
@@ -54,7 +56,7 @@ class RewardProcess:
 
         Raises:
             ProcessEnded: loading ended the process.
-            TimeoutError: loading takes longer.
+            TimeoutError: loading takes longer than `timeout_s`.
         """
         if self.loaded is not None:
             return
@@ -63,7 +65,7 @@ class RewardProcess:
             self.loaded = {name: _signature(entry) for name, entry in message.items()}
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ProcessEnded(FORGED) from error
-        self._starter.join()  # it ended when it had started the guard
+        self._starter.join()  # it ended after it had started the guard
 
     def submit(
         self, name: str, num_sequences: int, keywords: dict[str, Any], timeout_s: float
@@ -72,7 +74,7 @@ class RewardProcess:
 
         Raises:
             ProcessEnded: the child ended before it accepted the call.
-            TimeoutError: it did not accept it in time.
+            TimeoutError: the child did not accept the call in time.
         """
         try:
             self._work.send((name, num_sequences, keywords))
@@ -86,7 +88,7 @@ class RewardProcess:
 
         Raises:
             ProcessEnded: the call ended the process.
-            TimeoutError: there is no answer yet.
+            TimeoutError: there is no answer within `timeout_s`.
         """
         message = self._receive(timeout_s)
         try:
@@ -102,15 +104,15 @@ class RewardProcess:
         return values
 
     def end(self) -> None:
-        """Kill the child and everything that it started, and wait until they have ended."""
-        self._starter.kill()  # it has ended already where the guard is running
+        """Kill the child and all processes that it started, and wait until they have ended."""
+        self._starter.kill()  # it has ended already if the guard is running
         self._starter.join()
         self._work.close()
         try:
             self._line.send_bytes(b"end")
             while self._line.poll(STUCK_S):
                 self._line.recv_bytes(MAX_BYTES)
-        except (OSError, EOFError):  # the guard closed its end, so everything has ended
+        except (OSError, EOFError):  # the guard closed its end, so all processes have ended
             pass
         self._line.close()
 

@@ -1,4 +1,4 @@
-"""reasoning-gym: the score, 0 to 1, that the problem's generator gives to the answer.
+"""The reasoning-gym reward: the score, 0 to 1, that the problem's generator gives to the answer.
 
 entry {"answer": "10", ...} of chain_sum
 "4 + 6 makes 10" -> 1.0      "<answer>10</answer>" -> 1.0
@@ -21,13 +21,13 @@ def reasoning_gym(
     reasoning_gym_dataset: list[str],
     reasoning_gym_entry: list[dict[str, Any]],
 ) -> list[float]:
-    """The named generator's score per completion, [N].
+    """The named generator's score of each completion, [N].
 
     The answer is the last <answer>...</answer>. Without a tag it is the last number of the
-    completion where the entry's own answer is a number, else the whole completion.
+    completion if the entry's own answer is a number, else the whole completion.
 
     Raises:
-        ValueError: there is no such generator.
+        ValueError: there is no generator of that name.
     """
     rows = zip(completions, reasoning_gym_dataset, reasoning_gym_entry, strict=True)
     return [

@@ -1,14 +1,15 @@
 """A trained reward model as a reward function.
 
-It computes the score that algorithm=reward_model trains (Bradley-Terry) and exports: the value
-head, w, at the last hidden state before the response's last token. Training takes each token's
-value from the state that predicts the token (batch.micro_batch), and the last token's value as the
-score (objectives.pairs), so the last token itself is never read.
+It computes the score that algorithm=reward_model trains (Bradley-Terry): the exported value head,
+w, at the last hidden state before the response's last token. In training, a token's value comes
+from the state that predicts the token (batch.micro_batch), and the score is the last token's value
+(objectives.pairs), so the model never reads the last token.
 
     P0 P1 | A0 A1 EOS      score = w . h(P0 P1 A0 A1), the state at A1
 
 Scores are computed in float32, on the CPU or, with reward.gpus, on a GPU. For a model that was
-trained in bfloat16 they lack the rounding of its forward pass, unless `dtype` is bfloat16 too.
+trained in bfloat16 they do not have the rounding of its forward pass, unless `dtype` is bfloat16
+too.
 """
 
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ class RewardModel:
     Args:
         path: the folder that a run with algorithm=reward_model exported.
         dtype: of the model's body, float32 or bfloat16; the value head is in float32.
-        device: where it computes; of a run, as reward.gpus says.
+        device: cpu or cuda; in a run, by reward.gpus.
 
     Raises:
         ConfigError: there is no such folder, or no model or value head in it.
@@ -53,7 +54,7 @@ class RewardModel:
         """One score per sequence, [N].
 
         Raises:
-            ValueError: a response without tokens, which has no score.
+            ValueError: a response has no tokens, so it has no score.
         """
         if not all(completion_ids):
             raise ValueError("a response without tokens has no score")
@@ -81,7 +82,7 @@ class RewardModel:
 def check_reward_models(config: "RewardConfig", vocabulary: Mapping[str, int]) -> None:
     """Refuse a reward model whose tokenizer differs from the student's.
 
-    Its folder exists and holds a reward model: check_rewards has loaded it.
+    check_rewards must have loaded the reward model before, so its folder exists.
 
     Args:
         vocabulary: of the student's tokenizer.

@@ -1,4 +1,4 @@
-"""Which columns a reward function accepts, and which of them it requires."""
+"""The columns that a reward function accepts, and those that it requires."""
 
 import inspect
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Signature:
     any_column: bool  # it has **kwargs
 
     def passed(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The columns, lists [N], to call the function with.
+        """Those of the columns, lists [N], with which the function is called.
 
         A required column that is absent becomes N times None.
         """

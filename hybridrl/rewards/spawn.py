@@ -1,10 +1,11 @@
-"""The start of the pool's child processes, without secrets and without the owner's main script.
+"""Starts the pool's child processes without secrets and without the owner's main script.
 
-This file reaches into three internals of multiprocessing, as of Python 3.11 to 3.13:
+This file uses three internals of multiprocessing, as of Python 3.11 to 3.13:
 
-- SpawnProcess._Popen starts the process; overriding it is the only hook around the start.
+- SpawnProcess._Popen starts the process; overriding it is the only way to run code around the
+  start.
 - A spawned process runs the file of sys.modules["__main__"] again, which may import torch or ray,
-  unless that module has no file at the moment of the start.
+  unless that module has no file at the time of the start.
 - Each end of a Pipe() is a Unix socket, so that its waits can be limited.
 """
 
@@ -35,7 +36,9 @@ def without_main_script() -> Iterator[None]:
 
 
 class BareProcess(SpawnProcess):
-    """A spawned process that inherits no secret variable and does not run the main script."""
+    """A spawned process that inherits no secret environment variable and does not run the main
+    script.
+    """
 
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> Popen:
@@ -50,7 +53,7 @@ class BareContext(SpawnContext):
 
 
 def limit_waits(connection: Connection, seconds: float) -> None:
-    """Make reads and writes of one end of a Pipe() fail after so long without progress."""
+    """Make reads and writes of one end of a Pipe() fail after `seconds` without progress."""
     limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))  # a struct timeval
     with socket.socket(fileno=os.dup(connection.fileno())) as shared:
         shared.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)

@@ -1,4 +1,4 @@
-"""The worker that rewards whole prompt groups.
+"""The worker that computes the rewards of whole prompt groups.
 
 It decodes the responses, calls every reward function and applies `reward.on_error`.
 """
@@ -29,19 +29,20 @@ class Tokenizer(Protocol):
 
 
 class RewardWorker:
-    """Rewards responses, by a pool of processes in which the functions run and can be killed.
+    """Computes rewards with a pool of child processes in which the functions run and can be killed.
 
-    A function of weight 0 is only reported: where it fails its part is NaN, with no other effect.
+    A function of weight 0 is only reported: if it fails, its part is NaN, without other effects.
 
     Args:
-        tokenizer_path: as model.path; the tokenizer decodes the responses.
+        tokenizer_path: as model.path; its tokenizer decodes the responses.
         watch_only: nothing is learned from the rewards, so a failure neither stops the run nor
             excludes a group.
-        deadline_s: of `score`; calls that hang are ended early enough for it.
-        start_s: deadline of this constructor; functions that load for too long are refused before.
-        eos: as model.eos; decoding leaves it out.
+        deadline_s: of `score`; calls that hang are ended early enough to meet it.
+        start_s: deadline of this constructor; functions that take too long to load are refused
+            before it.
+        eos: as model.eos; a special token, which decoding leaves out.
         device: of the reward models, cpu or cuda.
-        load: maps tokenizer_path, revision and eos to the tokenizer.
+        load: returns the tokenizer for tokenizer_path, revision and eos.
 
     Raises:
         ConfigError: a reward function or the tokenizer cannot be loaded.
@@ -64,8 +65,8 @@ class RewardWorker:
         self.watch_only = watch_only
         self.tokenizer = load(tokenizer_path, revision, eos=eos)
         calls = reward_calls(config, device)
-        # The time of one function, long enough for one round of tasks. A task may begin just before
-        # it is over, so timeout_s is subtracted.
+        # The time for one function, at least one round of tasks. A task may begin just before this
+        # time is over and take timeout_s, which is therefore subtracted.
         budget_s = max(
             FUNCTIONS_SHARE * deadline_s / max(len(calls), 1) - config.timeout_s,
             config.timeout_s,
@@ -76,7 +77,7 @@ class RewardWorker:
             "budget_s": budget_s,
             "load_s": FUNCTIONS_SHARE * start_s,
         }
-        # None: no reward function, nothing to call
+        # None: there are no reward functions.
         self.pool = RewardPool(calls, processes=config.processes, **limits) if calls else None
 
     def ping(self) -> None:
@@ -86,13 +87,14 @@ class RewardWorker:
         """The weighted sum of all functions, for each of the N sequences.
 
         A function that returns None, or whose route does not take the prompt, does not apply to the
-        sequence and adds nothing to its sum.
-        Where a function whose weight in the settings is not 0 failed, or none of these applies:
-        on_error=value gives `reward.error_value`, and drop_group gives NaN and excludes the K
-        siblings. Under watch_only the function adds 0 there, and no group is excluded.
+        sequence and adds nothing to its sum. A sequence is an error if a function whose weight in
+        the settings is not 0 failed on it, or if none of these functions applies to it. Then
+        on_error=value gives it `reward.error_value`, and drop_group gives it NaN and excludes the K
+        siblings. With watch_only a failed function adds 0, and no group is excluded.
 
         Args:
-            weights: [P] of the functions at this step, in the order of `config.functions`.
+            weights: [P] the weights of the functions at this step, in the order of
+                `config.functions`.
 
         Raises:
             RewardError: a function failed, or none applied, under on_error=fail.
@@ -112,8 +114,8 @@ class RewardWorker:
         errors = failed[counted].any(axis=0)  # [N]
         if counted.any():
             errors |= self._without_value(batch, np.isnan(parts[counted]).all(axis=0) & ~errors)
-        # A function that does not apply adds 0. Where a counted function failed, the sum is
-        # meaningless and replaced below.
+        # A function that does not apply adds 0. If a counted function failed, the sum is
+        # meaningless and is replaced below.
         values = np.asarray(weights, float)[counted] @ np.nan_to_num(parts[counted], nan=0.0)  # [N]
         if not self.watch_only:
             replaced = self.config.error_value if self.config.on_error is OnError.value else np.nan
@@ -136,7 +138,7 @@ class RewardWorker:
     def samples(
         self, batch: RolloutBatch, rewards: Rewards, step: int, count: int
     ) -> tuple[Sample, ...]:
-        """The first `count` sequences as text; fewer where the batch has fewer."""
+        """The first `count` sequences as text, or all if the batch has fewer."""
         unjudged = rewards.errors | (not rewards.part_names)  # [N]
         return tuple(
             Sample(
@@ -159,7 +161,7 @@ class RewardWorker:
     def _columns(self, batch: RolloutBatch) -> dict[str, list[Any]]:
         """The arguments of the functions, lists [N]: those that TRL passes, and prompt_ids.
 
-        A column is None for a problem without it. A completion is everything after the prompt,
+        A column is None for a problem that lacks it. A completion is all text after the prompt,
         including the observations between two turns of the model.
         """
         trajectories = [batch.trajectory(i) for i in range(batch.num_sequences)]
@@ -178,8 +180,8 @@ class RewardWorker:
     def _call(
         self, name: str, batch: RolloutBatch, columns: Mapping[str, list[Any]]
     ) -> list[Outcome]:
-        """The outcomes [N] of one function, None where its route does not take the prompt. Its
-        failures are logged.
+        """The outcomes [N] of one function, None if its route does not take the prompt. Failures
+        are logged.
 
         Raises:
             RewardError: a call failed, under on_error=fail.
@@ -220,12 +222,15 @@ class RewardWorker:
         return [of_sequence.get(i) for i in range(batch.num_sequences)]
 
     def _without_value(self, batch: RolloutBatch, rows: Bool) -> Bool:
-        """Report the sequences to which no function applies, and return them as errors.
+        """Log the sequences to which no function applies, and return `rows`.
 
-        They are errors because a reward of 0 would be invented.
+        They count as errors, because a reward of 0 would be invented.
 
         Args:
             rows: [N] True for these sequences.
+
+        Raises:
+            RewardError: there is such a sequence, under on_error=fail.
         """
         uids = [batch.uids[i // batch.group_size] for i in np.flatnonzero(rows)]
         if not uids:
@@ -237,7 +242,7 @@ class RewardWorker:
         return rows
 
     def _kept(self, errors: Bool, group_size: int) -> Bool:
-        """[N] False for all sequences of a group with an error, where such groups are excluded."""
+        """[N] False for all sequences of a group with an error, if such groups are excluded."""
         if self.config.on_error is not OnError.drop_group or self.watch_only:
             return np.ones_like(errors)
         return np.repeat(~errors.reshape(-1, group_size).any(axis=1), group_size)
