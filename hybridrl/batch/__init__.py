@@ -1,1 +1,1 @@
-"""From scored chunks to one forward pass: groups, columns of response tokens, micro-batches."""
+"""Turns scored chunks into forward passes: groups, columns of response tokens, micro-batches."""

@@ -1,18 +1,17 @@
-"""Who trains on what: groups to learner ranks, sequences to micro-batches. Pure functions of
-lengths.
-"""
+"""Divides groups among learner ranks and sequences among micro-batches, by their lengths alone."""
 
 import heapq
 from collections.abc import Sequence
 
 
 def balance_groups(group_tokens: Sequence[int], ranks: int) -> list[list[int]]:
-    """Give each rank whole groups with nearly equal tokens: largest first, to the lightest rank.
+    """Divide whole groups among the ranks so that these have nearly equal numbers of tokens: the
+    largest group first, each to the rank with the fewest tokens so far.
 
     Example: tokens (5, 1, 4, 2) on 2 ranks -> [[0, 1], [2, 3]].
 
     Returns:
-        group indices per rank, ascending; together each index exactly once.
+        The group indices of each rank, ascending; each index occurs exactly once.
     """
     loads = [(0, 0, rank) for rank in range(ranks)]  # a heap of (tokens, groups, rank)
     shards: list[list[int]] = [[] for _ in range(ranks)]
@@ -26,12 +25,12 @@ def balance_groups(group_tokens: Sequence[int], ranks: int) -> list[list[int]]:
 def micro_batches(
     lengths: Sequence[int], max_tokens: int, *, packed: bool = False
 ) -> list[list[int]]:
-    """Put sequences into micro-batches of at most `max_tokens` padded tokens (longest x count), or
-    tokens when packed.
+    """Put sequences into micro-batches of at most `max_tokens` padded tokens (longest x count), or,
+    if packed, of at most `max_tokens` tokens without padding.
 
-    Sequences of similar length go together; one longer than the budget gets a micro-batch of its
+    Sequences of similar length go together; one longer than `max_tokens` gets a micro-batch of its
     own. Example: lengths (2, 9, 3) with 9 tokens -> [[0, 2], [1]]; (2, 4, 3) are 3 x 4 = 12 padded
-    tokens, 9 packed ones.
+    tokens, or 9 packed ones.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):

@@ -1,6 +1,4 @@
-"""Putting together what a learner rank was handed: the groups that are its own, joined over
-chunks.
-"""
+"""Selects the groups of one learner rank from the chunks that it received, and joins them."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -20,8 +18,11 @@ def scored_batches(
     """This rank's groups of a mini-batch, one batch per source, in the order of the chunks.
 
     Args:
-        groups: of each chunk, which of its groups belong to this rank.
-        values: of each chunk its RolloutBatch, its Rewards and one TokenScores per teacher.
+        groups: for each chunk, the indices of its groups that belong to this rank.
+        values: for each chunk its RolloutBatch, its Rewards and one TokenScores per teacher.
+
+    Returns:
+        Batches whose sequences have one source and one group size each.
     """
     stride = len(values) // max(len(groups), 1)
     by_source: dict[tuple[Source, int], list[ScoredBatch]] = {}
@@ -40,7 +41,7 @@ def scored_batches(
 
 
 def select_groups(batch: ScoredBatch, groups: Sequence[int]) -> ScoredBatch:
-    """The given groups in the given order: their rollouts, scores and rewards."""
+    """A batch of the given groups in the given order, with their scores and rewards."""
     rollout = batch.rollout
     k = rollout.group_size
     sequences = [i for g in groups for i in range(g * k, (g + 1) * k)]
@@ -87,7 +88,7 @@ def select_groups(batch: ScoredBatch, groups: Sequence[int]) -> ScoredBatch:
 
 
 def join(batches: Sequence[ScoredBatch]) -> ScoredBatch:
-    """One batch of several with the same source, group size and teachers."""
+    """Several batches with the same source, group size and teachers as one batch."""
     if len(batches) == 1:
         return batches[0]
     rollouts = [b.rollout for b in batches]
@@ -115,8 +116,8 @@ def spans(offsets: np.ndarray, sequences: Sequence[int]) -> np.ndarray:
 
 
 def _concatenated(values: Sequence[T], **given: Any) -> T:
-    """A value whose tuples and arrays are those of `values` one after the other, but for the given
-    fields.
+    """An object whose tuples and arrays are those of `values` concatenated, except for the fields
+    in `given`.
     """
     joined: dict[str, Any] = dict(given)
     for f in fields(values[0]):

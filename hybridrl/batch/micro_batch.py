@@ -1,4 +1,4 @@
-"""From scored sequences to the padded tensors of one forward pass."""
+"""The tensors of one forward pass, made from scored sequences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,12 +16,14 @@ from hybridrl.types import NO_VERSION, RolloutBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """S sequences with R response tokens in all, and everything that the head pass needs of these.
+    """The input of one forward pass: S sequences with R response tokens in all, and everything that
+    the head pass needs of these tokens.
 
-    Padded on the right, B = S and T is the longest sequence; or packed one after the other, B = 1,
-    where positions start anew at each sequence and a missing attention mask tells transformers that
-    each attends to itself alone. Column t of the hidden states predicts token t+1, so the row of a
-    response token at position t points to t-1.
+    The sequences are padded on the right, with B = S and T the length of the longest; or they are
+    packed one after the other, with B = 1. In a packed row positions start anew at each sequence,
+    and a missing attention mask tells transformers that each sequence attends only to itself. The
+    hidden state at position t predicts token t+1, so the hidden row of a response token at position
+    t is that of t-1.
     """
 
     input_ids: Tensor  # [B, T] int64, 0 in the padding
@@ -36,7 +38,7 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a row, padding included; of a single sequence its length."""
+        """T, the tokens of a row including padding; the length of a single sequence."""
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -54,8 +56,8 @@ class MicroBatch:
         )
 
     def arguments(self) -> tuple:
-        """Those of Student.forward, in order: DeepSpeed's hooks look for tensors among positional
-        arguments.
+        """The positional arguments of Student.forward. DeepSpeed's hooks look for tensors only
+        among positional arguments.
         """
         return (
             self.input_ids,
@@ -67,16 +69,16 @@ class MicroBatch:
         )
 
     def sparse_alone(self) -> "MicroBatch":
-        """Without teachers, and without the regression of a value head."""
+        """A copy without teachers and without the regression of a value head."""
         none = torch.zeros_like(self.columns.value_slope)
         return replace(self, teachers=(), columns=self.columns._replace(value_slope=none))
 
     def without_sparse(self) -> "MicroBatch":
-        """Only the dense term remains."""
+        """A copy with only the dense term."""
         return replace(self, columns=self.columns.without_sparse())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name, for a file that a person looks at."""
+        """Every tensor by name, for a file that a person inspects."""
         values = {f.name: getattr(self, f.name) for f in fields(self)} | self.columns._asdict()
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         return tensors | {
@@ -94,7 +96,7 @@ def train_sequences(
     """Cut a batch into micro-batches of one sequence each.
 
     Args:
-        columns, teachers: of all its R response tokens, in batch order.
+        columns, teachers: of all R response tokens of the batch, in its order.
     """
     first_rows = np.concatenate([[0], np.cumsum(rollout.response_lengths)]).tolist()
     sequences = []
@@ -124,7 +126,7 @@ def sequence(
     source: Source = Source.student,
     oldest_version: int = NO_VERSION,
 ) -> MicroBatch:
-    """A micro-batch of one sequence of T tokens, r of them its response.
+    """A micro-batch of one sequence of T tokens, of which r are its response.
 
     Args:
         input_ids: [T] int32.
@@ -145,7 +147,7 @@ def sequence(
 
 
 def unlearned_sequences(rollout: RolloutBatch) -> list[MicroBatch]:
-    """Cut a batch into sequences that have no part in the loss, without teachers."""
+    """Cut a batch into sequences of weight 0 without teachers, for passes that do not learn."""
     mask = rollout.response_mask
     columns = TokenColumns.unlearned(
         torch.from_numpy(rollout.input_ids[mask].astype(np.int64)),
@@ -155,10 +157,10 @@ def unlearned_sequences(rollout: RolloutBatch) -> list[MicroBatch]:
 
 
 def idle_sequence(teachers: Sequence[Teacher]) -> MicroBatch:
-    """A sequence of weight 0: what a rank runs while others still have micro-batches.
+    """A sequence of weight 0, which a rank runs while others still have micro-batches.
 
     Args:
-        teachers: one row each, in the widths and dtypes of the run.
+        teachers: one row each, with the widths and dtypes of the run.
     """
     return sequence(
         np.zeros(2, np.int32),
@@ -169,12 +171,12 @@ def idle_sequence(teachers: Sequence[Teacher]) -> MicroBatch:
 
 
 def collate(sequences: Sequence[MicroBatch], *, packed: bool = False) -> MicroBatch:
-    """Pad single sequences on the right and stack them, or put them one after the other. At least
-    one sequence.
+    """Combine micro-batches of one sequence each, at least one: pad them on the right and stack
+    them, or, if packed, put them one after the other in a row.
     """
     lengths = [s.num_tokens for s in sequences]
     shape = (1, sum(lengths)) if packed else (len(sequences), max(lengths))
-    # In the flattened [B*T].
+    # The first position of each sequence in the flattened [B*T].
     steps = lengths if packed else [shape[1]] * len(lengths)
     starts = list(accumulate(steps[:-1], initial=0))
     ids = torch.zeros(shape[0] * shape[1], dtype=torch.int64)

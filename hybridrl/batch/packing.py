@@ -1,6 +1,4 @@
-"""Whether a model keeps sequences apart that stand one after the other in one row
-(train.packing).
-"""
+"""Checks that a model keeps the packed sequences of one row apart (train.packing)."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,14 +11,14 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.kernels.token_columns import TokenColumns
 
 TOKENS = 6  # of each sequence
-FACTOR = 10  # by how much rounding may differ between two measurements
+FACTOR = 10  # how many times larger one measurement of rounding may be than another
 CHANGED = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
-"""Nats that the tokens of a neighbour may move a log-prob by: none, but for experts that multiply
-other numbers of rows together.
+"""Nats by which other tokens in the neighbouring sequence may change a log-prob. The change is 0
+except with experts, whose products then have another number of rows.
 """
 MOVED = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
-"""Nats that the place in a row may move a log-prob by: rows of another length are summed in another
-order.
+"""Nats by which the position in a row may change a log-prob, because rows of another length are
+summed in another order.
 """
 
 
@@ -31,22 +29,22 @@ def check_packing(
     dtype: torch.dtype,
     model: str,
 ) -> None:
-    """Refuse a model whose second sequence in a row depends on the first: some of its layers do not
-    look at position_ids, as those of OPT and all that carry a state along the row.
+    """Refuse a model in which the second sequence of a row depends on the first. Layers that ignore
+    position_ids (OPT's) or carry a state along the row cause this.
 
-    The second sequence must not change with the tokens of the first, nor against being read alone.
-    What the first one changes by when the second does is rounding, for nothing stands before it,
-    and is the measure of what rounding does here.
+    The second sequence's log-probs must not change with the tokens of the first, nor differ from
+    those of the sequence alone. The first sequence has nothing before it, so its changes are
+    rounding alone, and they measure how large rounding is here.
 
     Args:
-        logprobs: [R] float32 of the response tokens of packed sequences, by the model as it will
-            train.
+        logprobs: returns [R] float32 of the response tokens of packed sequences, by the model as it
+            will train.
         vocabulary: number of tokens.
         dtype: of the forward pass.
-        model: its type, for the error.
+        model: the name of its class, for the error.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: the second sequence depends on the first.
     """
     first, second, other = (_sequence(i * TOKENS + 1, vocabulary) for i in range(3))
     row = logprobs([first, second]).reshape(2, -1)  # [2, TOKENS - 1]
@@ -65,7 +63,7 @@ def check_packing(
 
 
 def _sequence(first: int, vocabulary: int) -> MicroBatch:
-    """TOKENS tokens from `first` on; all but the first one are its response."""
+    """A sequence of TOKENS tokens from id `first` on; all but the first token are its response."""
     ids = np.arange(first, first + TOKENS, dtype=np.int32) % vocabulary
     response = torch.from_numpy(ids[1:].astype(np.int64))
     return sequence(

@@ -12,7 +12,7 @@ from hybridrl.types import RolloutBatch
 
 
 def response_rows(batch: RolloutBatch, column: np.ndarray) -> Tensor:
-    """A per-token column of all tokens, prompts included -> [R], at the response tokens."""
+    """[R] the entries at the response tokens of a column over all tokens, prompts included."""
     return torch.from_numpy(column[batch.response_mask])
 
 
@@ -22,11 +22,11 @@ def response_ids(batch: RolloutBatch) -> Tensor:
 
 
 def response_grid(batch: RolloutBatch) -> Tensor:
-    """[N, T] bool: response tokens, left-aligned. Its row-major order is batch order."""
+    """[N, T] bool, True on response tokens, left-aligned; its row-major order is batch order."""
     lengths = torch.from_numpy(batch.response_lengths.copy())
     return torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
 
 
 def per_token(per_sequence: Tensor, batch: RolloutBatch) -> Tensor:
-    """[N] -> [R], each sequence's number at each of its response tokens."""
+    """[R] the number of each sequence, [N], repeated for each of its response tokens."""
     return per_sequence.repeat_interleave(torch.from_numpy(batch.response_lengths.copy()))
