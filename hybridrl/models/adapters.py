@@ -1,8 +1,8 @@
-"""Adapters of low rank in a model's linear layers, by the library peft.
+"""Low-rank adapters in a model's linear layers (LoRA, arXiv 2106.09685), by the library peft.
 
 A linear layer `x -> W x` becomes `x -> W x + s B (A x)` with s = alpha / rank, A [rank, in] and
-B [out, rank]. B begins as zero, so the model computes what it computed without adapters. W, and
-everything else of the model, stays as it is (LoRA, arXiv 2106.09685).
+B [out, rank]. B begins as zero, so that the model first computes the same as without adapters. Only
+A and B are trained.
 """
 
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig
 
 ADAPTER = "default"
-"""peft's name of the only adapter of a layer; it is a part of the names of its parameters."""
+"""peft's name of the only adapter of a layer, a part of the names of the adapter's parameters."""
 
 BASE = ".base_layer"
 """The part that peft adds to the names of the parameters of a layer with an adapter."""
 
-SHOWN = 8  # names of layers that an error lists
+SHOWN = 8  # largest number of layers that an error lists
 
 
 class AdaptedLayer(NamedTuple):
@@ -57,8 +57,8 @@ def target_names(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     Example: ["k_proj", "q_proj"].
 
     Raises:
-        ConfigError: a name of lora.targets belongs to no linear layer of the decoder, or there is
-            no such layer at all.
+        ConfigError: a name of lora.targets belongs to no linear layer of the decoder, or the
+            decoder has no linear layers.
     """
     kind = type(model).__name__
     linear = {
@@ -81,13 +81,13 @@ def target_names(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
-    """Give the model's linear layers adapters, whose A is drawn by `seed` and whose B is zero.
+    """Add adapters to the model's linear layers, with A random by `seed` and B zero.
 
     Their parameters have the dtype of the layer, and are the only ones that require a gradient.
 
     Args:
-        model: changed in place. On torch's meta device, adapters are without numbers too. Weights
-            that ZeRO-3 has sharded are not read.
+        model: changed in place. If it is on torch's meta device, the adapters have no numbers
+            either. Weights that ZeRO-3 has sharded are not read.
 
     Raises:
         ConfigError: as check_peft and target_names.
@@ -104,7 +104,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
 
 
 def peft_config(model: PreTrainedModel, lora: LoraConfig) -> "PeftConfig":
-    """The adapters in peft's own terms, as they stand in adapter_config.json.
+    """The adapters as a configuration of peft, which is written to adapter_config.json.
 
     Args:
         model: without adapters.
@@ -155,11 +155,11 @@ def name_without_adapters(name: str) -> str:
 
 @contextmanager
 def dropout(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Inside of the `with` block, set a random part of the adapters' inputs to zero.
+    """Inside the `with` block, set a random part of the adapters' inputs to zero.
 
     Args:
-        seed: of the random numbers, so that the same step can be repeated. The generators of torch
-            are afterwards as they were.
+        seed: of the random numbers, so that the same step can be repeated. The state of torch's
+            generators is restored afterwards.
     """
     layers = _dropout_layers(model)
     if not layers:
@@ -179,9 +179,9 @@ def dropout(model: PreTrainedModel, seed: int) -> Iterator[None]:
 
 @contextmanager
 def without_adapters(model: PreTrainedModel) -> Iterator[None]:
-    """Inside of the `with` block, the model computes what it would without adapters.
+    """Inside the `with` block, the model computes without its adapters.
 
-    Only for forward passes without gradients: the adapters' parameters require none inside.
+    Only for forward passes without gradients: the adapters' parameters require none in the block.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -196,7 +196,7 @@ def without_adapters(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _dropout_layers(model: PreTrainedModel) -> list[nn.Dropout]:
-    """Those of the adapters; none without lora.dropout."""
+    """The dropout layers of the adapters; empty without lora.dropout."""
     ending = f".lora_dropout.{ADAPTER}"
     return [
         module

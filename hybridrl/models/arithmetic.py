@@ -1,8 +1,8 @@
-"""How a run computes, where its settings leave the choice to the machine: its dtypes, and whether
-it recomputes activations.
+"""Chooses the values of settings that are left to the machine: dtypes, and whether activations are
+recomputed.
 
 The choice depends only on the device, the processor's instructions and the model's config, never on
-a measured time, so two runs on one machine compute the same. config.yaml of the run records it.
+a measured time, so two runs on one machine compute the same. The run's config.yaml records it.
 """
 
 from dataclasses import replace
@@ -21,16 +21,16 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def with_arithmetic(settings: RunSettings, earlier: RunSettings | None) -> RunSettings:
-    """The settings with a choice in the place of model.dtype=auto, of train.products=auto and of
+    """The settings with chosen values for model.dtype=auto, train.products=auto and
     learner.gradient_checkpointing=null.
 
-    Activations are recomputed on GPUs, whether or not they would fit. What they need depends on the
-    longest sequences and on the memory of devices that the driver may not see, and a GPU that
-    runs out of memory ends the run.
+    On GPUs activations are recomputed even if they would fit. Their size depends on the longest
+    sequences, the driver may not see the memory of the devices, and a GPU that runs out of memory
+    ends the run.
 
     Args:
-        earlier: settings of the run that is to be continued, whose choices are used again; None: a
-            new run.
+        earlier: settings of the run that is continued, whose choices are used again; None: a new
+            run.
 
     Raises:
         ConfigError: the model's config cannot be read.
@@ -50,15 +50,15 @@ def with_arithmetic(settings: RunSettings, earlier: RunSettings | None) -> RunSe
 
 
 def on_gpu(settings: RunSettings) -> bool:
-    """Whether the models of the run are expected on GPUs. The cluster is not known yet, so with
-    cluster.device=auto a build of torch for CUDA means yes.
+    """Whether the models of the run will presumably be on GPUs. The cluster is not known yet, so
+    with cluster.device=auto the answer is whether torch is built for CUDA.
     """
     device = settings.cluster.device
     return device is Device.cuda or (device is Device.auto and torch.version.cuda is not None)
 
 
 def chosen_dtype(settings: RunSettings) -> str:
-    """What model.dtype=auto means for a new run: bfloat16 on GPUs, else dtype_on."""
+    """The value of model.dtype=auto for a new run: bfloat16 on GPUs, else that of dtype_on."""
     if on_gpu(settings):
         return "bfloat16"
     return dtype_on(processor(), model_config(settings.model.path, settings.model.revision))
@@ -67,9 +67,9 @@ def chosen_dtype(settings: RunSettings) -> str:
 def dtype_on(kind: Processor, config: PreTrainedConfig) -> str:
     """The faster dtype for a model on a processor.
 
-    That is bfloat16 where the model is stored in half precision, is wide enough for its products to
-    take most of the time, and the processor has fast products of bfloat16; else float32, which is
-    also the more exact one.
+    That is bfloat16 if the model is stored in half precision, is wide enough that products take
+    most of the time, and the processor has fast products of bfloat16; else float32, which is also
+    more exact.
     """
     wide = config.get_text_config().hidden_size >= COMPILE_FROM
     fast = kind in RATES and faster_products(kind) is Products.model
@@ -77,12 +77,12 @@ def dtype_on(kind: Processor, config: PreTrainedConfig) -> str:
 
 
 def chosen_products(settings: RunSettings) -> Products:
-    """What train.products=auto means for a new run."""
+    """The value of train.products=auto for a new run."""
     return Products.model if on_gpu(settings) else faster_products(processor())
 
 
 def dtype_notice(dtype: str, kind: Processor) -> str:
-    """What a run prints where its dtype was chosen.
+    """The sentence that a run prints if its dtype was chosen.
 
     Args:
         dtype: the choice.

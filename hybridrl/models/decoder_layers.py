@@ -1,8 +1,7 @@
-"""Decoder layers on the CPU: wide products, plain attention and compiled layers, where they are
-faster.
+"""Speeds up decoder layers on the CPU: wide products, plain attention and compiled layers.
 
 Between its matrix products a layer of transformers makes some fifty passes over its activations.
-Compiled (torch.compile with its C++ backend) they become a few; the products do not change.
+Compilation (torch.compile with its C++ backend) reduces them to a few; the products do not change.
 """
 
 import logging
@@ -23,25 +22,26 @@ PLAIN_ATTENTION_TOKENS = 1024
 """Longest row for which attention is computed by plain matrix products."""
 
 COMPILE_FROM = 256
-"""The smallest hidden size for which compiling layers pays.
+"""The smallest hidden size for which layers are compiled.
 
-SmolLM2 takes 46 s once, which torch caches on disk, and 8 to 10 s at each later start.
+Compiling SmolLM2 takes 46 s once; torch caches the result on disk, and each later start takes 8 to
+10 s.
 """
 
 MOST_GRAPHS = 16
-"""Largest number of graphs of all layers together.
+"""Limit on the graphs of all layers together.
 
-Two kinds of layers, each with and without gradients, for one row and for several, are 8 graphs, and
-without adapters 4 more; 4 are in reserve.
+Two kinds of layers, each with and without gradients, and for one row and for several, need 8
+graphs; passes without adapters need 4 more.
 """
 
 TRACED_TOKENS = 61
-"""Length of the sequences that are traced; it equals no size of a model."""
+"""Length of the sequences with which graphs are traced; it differs from every size of a model."""
 
 
 def set_products(model: PreTrainedModel, products: Products, device: torch.device) -> None:
-    """Compute the products of a bfloat16 model's linear layers in float32 on a CPU, where that is
-    chosen.
+    """If `products` is float32, make the linear layers of a bfloat16 model compute their products
+    in float32 on a CPU.
 
     Args:
         device: on which the model will run.
@@ -54,9 +54,9 @@ def set_products(model: PreTrainedModel, products: Products, device: torch.devic
 def attends_plainly(model: PreTrainedModel, tokens: int) -> bool:
     """Whether a learner should compute attention by plain matrix products.
 
-    In bf16 torch's fused kernel for CPUs takes four times as long over 84 tokens, forward and
-    backward, and still 1.6 times over 512. It is used where the scores of all pairs of tokens would
-    be large.
+    In bf16, torch's fused kernel for CPUs takes four times as long for 84 tokens, forward and
+    backward, and 1.6 times as long for 512. It is used for rows so long that the scores of all
+    pairs of tokens would take much memory.
 
     Args:
         tokens: length of the longest row.
@@ -71,21 +71,21 @@ def attends_plainly(model: PreTrainedModel, tokens: int) -> bool:
 def compile_layers(
     model: PreTrainedModel, *, tokens: int, packed: bool, learns: bool, bare: bool = False
 ) -> bool:
-    """Compile the layers, with plain attention, where that is faster.
+    """Compile the layers, with plain attention, if that is faster.
 
-    The graphs serve every number of sequences and tokens. They are traced here, from fixed sizes:
-    if they were traced from the first batch, their rounding could depend on it, and a resumed run
+    The graphs work for every number of sequences and tokens. They are traced here with fixed sizes.
+    If they were traced with the first batch, their rounding could depend on it, and a resumed run
     has another first batch.
 
     Args:
         tokens: length of the longest row.
         packed: sequences follow each other in one row, without a mask; otherwise they are padded,
             with a mask.
-        learns: gradients are needed, besides plain forward passes.
-        bare: plain forward passes without the adapters are needed too, always padded.
+        learns: also compile for passes with gradients.
+        bare: also compile for forward passes without the adapters, which are always padded.
 
     Returns:
-        Whether the layers are compiled. Layers that are not a single graph each, such as those that
+        Whether the layers are compiled. Layers that cannot be a single graph, such as those that
         choose among experts, are not.
     """
     layers = wrapped_layers(model)
@@ -99,14 +99,14 @@ def compile_layers(
     for layer in layers:
         layer.compile(dynamic=True, fullgraph=True, recompile_limit=MOST_GRAPHS)
     try:
-        for rows in (1,) if packed else (2, 1):  # torch makes separate graphs for one row
+        for rows in (1,) if packed else (2, 1):  # torch makes a separate graph for one row
             for gradients in (True, False) if learns else (False,):
                 trace(model, rows, packed=packed, gradients=gradients)
         if bare:
             with without_adapters(model):
                 for rows in (2, 1):
                     trace(model, rows, packed=False, gradients=False)
-    except Exception as error:  # compilers raise errors of any type; the layers run without one
+    except Exception as error:  # compilers raise errors of any type; the layers run uncompiled
         for layer in layers:
             discard_compiled(layer)
         if attention is not None:
@@ -123,7 +123,7 @@ def compile_layers(
 
 
 def trace(model: PreTrainedModel, rows: int, *, packed: bool, gradients: bool) -> None:
-    """Run a forward pass, and a backward pass for gradients; the model is not changed."""
+    """Run a forward pass and, if `gradients`, a backward pass; the model is not changed."""
     ids = torch.zeros(rows, TRACED_TOKENS, dtype=torch.int64)
     positions = torch.arange(TRACED_TOKENS).repeat(rows, 1)
     with torch.set_grad_enabled(gradients):

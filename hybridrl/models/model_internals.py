@@ -1,4 +1,4 @@
-"""What is used of torch's and transformers' modules beyond their documented interfaces.
+"""The uses of undocumented parts of torch's and transformers' modules.
 
 tests/models/test_model_internals.py runs each of these functions on a real model, and fails when
 the installed versions are not those in SEEN.
@@ -31,8 +31,8 @@ def is_compiled(layer: nn.Module) -> bool:
 def wrapped_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     """The decoder layers: the modules that transformers wraps so that they can be recomputed.
 
-    After gradient_checkpointing_enable each of them recomputes if its `training` is set, whatever
-    that of the modules around and inside of it is.
+    After gradient_checkpointing_enable, each of them recomputes if its own `training` is set,
+    whatever the mode of the modules around it and inside it.
     """
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 

@@ -1,9 +1,9 @@
 """The output embedding of a language model, and a check that logits = hidden states x embedding^T.
 
-Training never forms the logits of the model itself: the head pass multiplies hidden states by the
-output embedding in pieces. A model that does more than this product (a soft cap, a scale, a norm, a
-bias) would train on other logits than those that it samples from, without any error. So every
-student and every teacher is checked when it is loaded.
+Training does not use the model's own logits: the head pass multiplies hidden states by the output
+embedding in pieces. A model that does more than this product (a soft cap, a scale, a norm, a bias)
+would be trained on other logits than it samples from, without any error. So every student and every
+teacher is checked when it is loaded.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from hybridrl.core.errors import ConfigError
 
 LARGEST_LOGITS = (0.0, 1.0, 1000.0)
-"""Largest logits of the three probe states: 0 shows a bias, 1000 a soft cap, both show a scale."""
+"""Largest logits of the three probe states: 0 reveals a bias, 1000 a soft cap, 1 and 1000 a scale.
+"""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 """Largest difference of two logits as a share of the state's largest logit, well above rounding."""
@@ -27,8 +28,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 def output_weight(model: PreTrainedModel, *, setting: str = "model.path") -> nn.Parameter:
     """The output embedding, [V, H], of a model whose logits are exactly hidden @ weight^T.
 
-    The check runs the model from its last hidden states on, so it costs three rows of logits. It
-    draws no random numbers and reads no weight but the output embedding.
+    The check runs only the part of the model after its last hidden states, so it costs three rows
+    of logits. It draws no random numbers and reads no weight but the output embedding.
 
     Args:
         setting: how the error names the model, e.g. "teachers.main.path".
@@ -71,7 +72,9 @@ def _is_plain_product(model: PreTrainedModel, weight: Tensor) -> bool:
 
 
 def _probe_states(weight: Tensor) -> Tensor:
-    """[1, 3, H] in the dtype of the weight: multiples of one direction with LARGEST_LOGITS."""
+    """[1, 3, H] in the dtype of the weight: multiples of one direction whose largest logits are
+    LARGEST_LOGITS.
+    """
     direction = torch.arange(1, weight.shape[1] + 1, device=weight.device).float().sin()
     largest = nn.functional.linear(direction.to(weight.dtype), weight).float().abs().max()
     lengths = torch.tensor(LARGEST_LOGITS, device=weight.device) / largest.clamp_min(1e-6)
@@ -79,7 +82,9 @@ def _probe_states(weight: Tensor) -> Tensor:
 
 
 class _BodyOutput(BaseModelOutputWithPast):
-    """Last hidden states; any other field that a head may read, e.g. a cache, is None."""
+    """An output with last hidden states; any other field that a head may read, e.g. a cache, is
+    None.
+    """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -91,7 +96,7 @@ class _BodyOutput(BaseModelOutputWithPast):
 def _body_returns(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
     """Make the body return `hidden` without running.
 
-    Some models, such as OPT, call the decoder inside of the body, so both are replaced.
+    Some models, such as OPT, call the decoder inside the body, so both are replaced.
     """
     bodies = {id(body): body for body in (model.base_model, model.get_decoder())}.values()
     output = _BodyOutput(last_hidden_state=hidden)

@@ -16,12 +16,12 @@ from huggingface_hub.errors import (
 from hybridrl.models.loading import BUILTIN, why_missing
 
 LIMIT_S = 10.0
-"""Longest wait for an answer of the hub."""
+"""Longest wait for an answer of the hub, in seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
-    """The result of `reach`."""
+    """The result of `reach`: whether a model or data set is available."""
 
     reached: bool
     text: str  # where it is, or why it is not available and what to do
@@ -83,7 +83,7 @@ def _on_hub(path: str, revision: str | None, api: HfApi, kind: str) -> Reach:
         return Reach(reached=False, text=text)
     except HFValidationError as error:
         return Reach(reached=False, text=f"is no name on the hub: {error}")
-    except Exception as error:  # the client passes on errors of its transport, of many types
+    except Exception as error:  # the client raises errors of its transport, which have many types
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         cached = _cached(path, revision, kind)
         text = f"the hub does not answer: {first}"

@@ -1,4 +1,4 @@
-"""Which commit on the hub the name of a model refers to."""
+"""The commit on the hub to which the name of a model refers."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from hybridrl.models.loading import BUILTIN
 def newest_commit(path: str) -> str | None:
     """The commit that a name without a revision refers to at present.
 
-    None for a folder, for a built-in model, and for a model that cannot be reached; loading such a
-    model raises an error with the reason.
+    None for a folder, for a built-in model, and for a model that cannot be reached, whose loading
+    raises an error with the reason.
     """
     if path.startswith(BUILTIN) or Path(path).exists():
         return None

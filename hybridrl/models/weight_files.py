@@ -14,9 +14,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 MOST_LAYERS = 10_000
-"""Largest number of layers, blocks or experts.
+"""Largest number of layers, blocks or experts of a config.json.
 
-transformers builds as many as config.json says before it reads a weight.
+transformers builds all of them before it reads a weight.
 """
 COUNTS = re.compile(r".*(layers?|blocks|experts)")
 
@@ -24,14 +24,15 @@ COUNTS = re.compile(r".*(layers?|blocks|experts)")
 def check_config_file(folder: Path, where: str) -> None:
     """Refuse a config.json with absurd sizes or with the name of a weight file.
 
-    Building the layers of an absurd size would take forever. A config.json that is not a JSON
-    object is left to transformers, whose error becomes a ConfigError.
+    Building an absurd number of layers would take forever. A config.json that is not a JSON object
+    is left to transformers, whose error becomes a ConfigError.
 
     Args:
         where: the setting and its value, e.g. "model.path=/models/a", with which an error begins.
 
     Raises:
-        ConfigError: it claims more than MOST_LAYERS layers or experts, or names its weight file.
+        ConfigError: the file has more than MOST_LAYERS layers, blocks or experts, or names its
+            weight file (transformers_weights).
     """
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -71,8 +72,9 @@ def tensor_files(folder: Path, where: str) -> dict[str, Path]:
         where: as in check_config_file.
 
     Raises:
-        ConfigError: there is no safetensors file, the index or a header is damaged, or the index
-            names a file that is missing or outside of the folder.
+        ConfigError: there is no safetensors file; the index or a header is damaged; the index names
+            a file that is missing or outside of the folder; or the folder has two sets of weights,
+            or adapters beside its weights.
     """
     names = sorted(set(index_of(folder, where).values()))
     if not names and not (folder / WEIGHTS).is_file():
@@ -98,7 +100,7 @@ def tensor_files(folder: Path, where: str) -> dict[str, Path]:
 
 
 def index_of(folder: Path, where: str) -> dict[str, str]:
-    """The file name of each tensor, where the weights are several files; empty where they are one.
+    """The file name of each tensor by the index of the weight files; empty without an index.
 
     Raises:
         ConfigError: the index is damaged, or names a file outside of the folder.
