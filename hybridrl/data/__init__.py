@@ -1,1 +1,1 @@
-"""Where prompts come from: generators, files, and the cursor over them."""
+"""The sources of prompts: generators, files, and the cursor over them."""

@@ -1,13 +1,13 @@
-"""A conversation as the text that a model reads, with a check that the text is complete.
+"""Renders a conversation as the text that a model reads, and checks that the text is complete.
 
-A chat template is a program of the model's author. It may omit a role, a key or a part of a text
+A chat template is a program by the model's author. It may omit a role, a key or a part of a text
 without an error. So every text of a row is searched for in the template's output, and a missing one
 is an error that names row, role and template.
 
 A template may change white space at both ends of a text and around tags such as </think>, and it
 may escape the text as JSON. It may also omit the thinking of earlier assistant turns, as the
-templates of reasoning models do: the model reads such turns without their thinking at inference
-too. Nothing of the response that is trained on may be missing.
+templates of reasoning models do: at inference, the model reads such turns without their thinking
+too. No part of the response that is trained on may be missing.
 """
 
 import inspect
@@ -30,7 +30,7 @@ THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message for the thinking that precedes its content."""
 
 SAYS_MORE = (*THINKING_KEYS, "tool_calls")
-"""Keys with which an assistant's message holds more than its content."""
+"""Keys of an assistant's message that contain more than its content."""
 
 END_OF_THINKING = "</think>"
 
@@ -59,7 +59,8 @@ class ChatTemplate:
             arguments: keyword arguments of the template.
             source: a Jinja template; None: the tokenizer's own.
             name: how errors name the template.
-            section: of the settings with its arguments: data, or teachers.NAME for its own.
+            section: the section of the settings with the arguments: data, or teachers.NAME for a
+                teacher's own template.
         """
         self.tokenizer = tokenizer
         self.arguments = dict(arguments)
@@ -67,14 +68,16 @@ class ChatTemplate:
         self.name = name
         self.section = section
         self.unclosed: list[tuple[str, str]] = []
-        """(row, tag) of responses that do not close a tag with which the template opens them."""
+        """(row, tag) of responses that do not close the tag with which the template opens their
+        turn.
+        """
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> "ChatTemplate":
         """The template of a run.
 
         Raises:
-            ConfigError: the file cannot be read, or an argument is not one that the template reads.
+            ConfigError: the file cannot be read, or the template does not read an argument.
         """
         if config.chat_template_file is None:
             template = cls(tokenizer, config.chat_template_kwargs)
@@ -110,7 +113,7 @@ class ChatTemplate:
     def prompt(self, messages: Sequence[Message], tools: Tools, row: str) -> str:
         """The text before the assistant's next turn.
 
-        Where the last message is the assistant's, it is the text before the rest of that turn.
+        If the last message is the assistant's, it is the text before the rest of that turn.
 
         Args:
             tools: may be empty.
@@ -141,15 +144,15 @@ class ChatTemplate:
     def response(
         self, messages: Sequence[Message], answer: Message, tools: Tools, prompt: str, row: str
     ) -> str:
-        """The text that follows the answered prompt, with the template's end of the turn.
+        """The text that follows `prompt`, with the template's end of the turn.
 
-        Where the template opens the assistant's turn with other text than it writes for an answered
+        If the template opens the assistant's turn with other text than it writes for an answered
         turn, the answer's own text follows the opening, as it would in generation.
 
         Args:
             messages: those of the prompt.
-            answer: the assistant's message, which continues the last one of `messages` where that
-                is the assistant's.
+            answer: the assistant's message; it continues the last of `messages` if that is the
+                assistant's.
             prompt: prompt(messages, tools, row).
 
         Raises:
@@ -182,7 +185,7 @@ class ChatTemplate:
     ) -> tuple[str, str]:
         """The template's text between the prompt and an answer, and after the answer.
 
-        Both are empty where the template changes the answer, so that they cannot be determined.
+        Both are empty if the template changes the answer, so that they cannot be determined.
 
         Raises:
             DataError: as render.
@@ -197,7 +200,8 @@ class ChatTemplate:
         """The template's output, unchecked.
 
         Args:
-            answered: `messages` end with the answer; otherwise the assistant's turn is opened.
+            answered: `messages` end with the answer; otherwise the template opens the assistant's
+                turn.
 
         Raises:
             DataError: there is no chat template, or it refuses the messages.
@@ -245,7 +249,7 @@ class ChatTemplate:
         marked_tools = [_marked_tool(tool, marks) for tool in tools]
         try:
             rendered = self.render(marked, marked_tools, row, answered=answered)
-        except DataError:  # the template depends on a text that now has marks
+        except DataError:  # the template refuses a text with marks
             rendered = ""
         missing = marks.missing(rendered, text)
         if missing is not None:
@@ -262,13 +266,13 @@ class ChatTemplate:
     def _continuation(
         self, messages: Sequence[Message], beginning: str, rest: str, tools: Tools, row: str
     ) -> str:
-        """`rest` without a first tag that the text before it has already.
+        """`rest` without its first tag if the text before it already ends with that tag.
 
         An example is the <think> with which a template opens a turn.
 
         Args:
             messages: all before the assistant's turn.
-            beginning: what the row has the assistant say before `rest`.
+            beginning: the assistant's own text before `rest`.
 
         Raises:
             DataError: `rest` repeats a tag of the template's opening further on.
@@ -295,7 +299,7 @@ class ChatTemplate:
 
 
 def after(prompt: str, rendered: str) -> str | None:
-    """What follows `prompt` in `rendered`; None where `rendered` begins with other text.
+    """The text after `prompt` in `rendered`; None if `rendered` does not begin with `prompt`.
 
     White space after an opening tag at the end of `prompt` may be missing, as in "<think></think>4"
     after "<think>\\n".
@@ -309,9 +313,9 @@ def after(prompt: str, rendered: str) -> str | None:
 
 
 def split_prefill(messages: Sequence[Message]) -> tuple[list[Message], Message]:
-    """The messages before a last one of the assistant, and that message.
+    """The messages before the last one, and the last one, if it is the assistant's.
 
-    Where the last message is not the assistant's: all messages, and an empty one.
+    Otherwise all messages, and an empty message.
     """
     if messages[-1]["role"] == "assistant":
         return list(messages[:-1]), messages[-1]

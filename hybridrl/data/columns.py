@@ -1,4 +1,4 @@
-"""Renaming of a row's keys by data.columns, and removal of values that are not JSON."""
+"""Renames a row's keys by data.columns, and removes columns with values that are not JSON."""
 
 import json
 import logging
@@ -15,13 +15,15 @@ from hybridrl.settings.sources import ROW_KEYS
 log = logging.getLogger(__name__)
 
 DEEPEST = 100
-"""Levels of nested lists and objects; json, pickle and repr fail somewhat below 1000."""
+"""Largest number of nested levels of lists and objects; json, pickle and repr fail somewhat below
+1000.
+"""
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str | None], name: str) -> dict[str, Any]:
     """The row with the keys of data.columns under their new names.
 
-    A renamed key remains a column for the rewards under its old name too, unless that is one of
+    A renamed key also remains a column for the rewards under its old name, unless that is one of
     ROW_KEYS.
 
     Args:
@@ -29,8 +31,8 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str | None], name: str
         name: how errors name the row.
 
     Raises:
-        DataError: the row lacks a key that data.columns names, or another key would be read
-            instead.
+        DataError: the row lacks a key that data.columns names, or another key would be read instead
+            of it.
     """
     chosen = {new: key for new, key in columns.items() if key is not None and key != new}
     for new, key in chosen.items():
@@ -53,9 +55,8 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str | None], name: str
 
 
 def _read_instead(key: str, row: Mapping[str, Any]) -> str | None:
-    """The key that the schema reads in the place of `key`.
-
-    None where it reads `key`, or `key` is a column.
+    """The key that the schema reads instead of `key`; None if it reads `key`, or `key` is a column
+    for the rewards.
     """
     if key not in ROW_KEYS:
         return None
@@ -71,7 +72,7 @@ def _read_instead(key: str, row: Mapping[str, Any]) -> str | None:
 
 
 def not_json(value: Any) -> str | None:
-    """Why `value` cannot be sent to the reward functions as JSON; None where it can."""
+    """Why `value` cannot be sent to the reward functions as JSON; None if it can."""
     if isinstance(value, Unreadable):
         return value.reason
     try:
@@ -94,7 +95,7 @@ def _is_deep(value: Any) -> bool:
 
 
 def json_columns(problems: Sequence[Problem]) -> list[Problem]:
-    """The problems without columns that hold a value which is not JSON.
+    """The problems without the columns that contain a value that is not JSON.
 
     Each removed column is logged once with the reason.
     """

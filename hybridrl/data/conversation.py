@@ -1,6 +1,6 @@
-"""A row as the conversation that the model reads, with the settings of the prompt applied.
+"""Makes the conversation that the model reads from a problem and the settings of the prompt.
 
-data.system_prompt is put before it, and data.instruction around the user's text.
+data.system_prompt becomes its first message, and data.instruction is put around the user's text.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from hybridrl.data.problem import Problem
 from hybridrl.settings.run import DataConfig
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Roles that templates write in this spelling; others are the model's own and are not checked."""
+"""Roles whose spelling is checked; others are defined by the model's own template."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +22,8 @@ class Conversation:
 
     messages: list[Message]
     tools: tuple[dict[str, Any], ...]
-    templated: bool  # the model reads it through a chat template
-    row: str
+    templated: bool  # a chat template renders it for the model
+    row: str  # how errors name it
 
     def prompt_text(self, template: ChatTemplate) -> str:
         """The text that the model continues.
@@ -38,7 +38,7 @@ class Conversation:
     def response_text(
         self, response: str | Message, prompt_text: str, template: ChatTemplate
     ) -> str:
-        """The text after prompt_text, with the end of the turn where a template writes one.
+        """The text after prompt_text, including the end of the turn if a template writes one.
 
         Raises:
             DataError: as ChatTemplate.response; or the response has tool calls or thinking, and
@@ -64,8 +64,8 @@ def conversation(problem: Problem, config: DataConfig) -> Conversation:
     Raises:
         ConfigError: data.system_prompt is set and the row has a system message, or data.instruction
             is set and the row has no user's message.
-        DataError: an empty prompt, a role in another spelling than that of templates, or tools
-            without a chat template.
+        DataError: the prompt is empty, a role is spelled in another way than in ROLES, or there are
+            tools without a chat template.
     """
     row = problem.row
     prompt = problem.prompt
@@ -98,7 +98,7 @@ def conversation(problem: Problem, config: DataConfig) -> Conversation:
 
 
 def is_templated(problem: Problem, config: DataConfig) -> bool:
-    """Whether the model reads the problem through its chat template."""
+    """Whether a chat template renders the problem for the model."""
     return config.chat_template or not isinstance(problem.prompt, str)
 
 

@@ -1,11 +1,11 @@
-"""Countdown: combine all the given numbers, each once, with + - * into the target.
+"""Countdown problems: combine all given numbers, each once, with + - * into the target.
 
     prompt "3 7 9=20:"    solution "3*9-7"
 
-Every problem is made from a random expression, so it has a solution. A training problem may carry
-it as a response to imitate (data.options.responses=solution), or together with a wrong one to rank
-below it (pair). Training and held-out problems are disjoint as (sorted numbers, target), and the
-held-out ones do not depend on the run's seed.
+Every problem is made from a random expression, so it has a solution. A problem can have this
+solution as a response to imitate (data.options.responses=solution), or the solution and a wrong
+expression as a ranked pair (pair). No training problem has the (sorted numbers, target) of a
+held-out one, and the held-out problems do not depend on the run's seed.
 """
 
 import random
@@ -17,13 +17,13 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.data.problem import Problem
 
 HELDOUT_SEED = 20_240_229
-PATIENCE = 500  # repeats in a row that mean that the space of problems is almost exhausted
-DRAWS = 10_000  # attempts at one problem
+PATIENCE = 500  # after so many repeats in a row, hardly any problems are assumed to be left
+DRAWS = 10_000  # largest number of attempts to draw one problem
 PARENTHESES = 0.3  # probability of parentheses in an expression of three or more numbers
 
 
 class Responses(StrEnum):
-    """Which responses the training problems carry."""
+    """The responses of the problems."""
 
     none = "none"
     solution = "solution"  # one right answer
@@ -31,7 +31,7 @@ class Responses(StrEnum):
 
 
 Key = tuple[tuple[int, ...], int]
-"""(sorted numbers, target), which is equal for two orders of the same problem."""
+"""(sorted numbers, target), which is equal for all orders of the same numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Equation:
 
     def mistake(self, rng: random.Random) -> str:
         """An expression of all the numbers whose value is not the target."""
-        while True:  # ends: the sum and a difference of positive numbers are never equal
+        while True:  # ends, because the sum and a difference of positive numbers always differ
             numbers = rng.sample(self.numbers, len(self.numbers))
             operators, grouped = _shape(len(numbers), rng)
             if _value(numbers, operators, grouped) != self.target:
@@ -64,7 +64,7 @@ class Equation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Countdown:
-    """The generator; its fields are the keys of data.options, besides `responses`.
+    """The generator of problems; its fields are the keys of data.options, except `responses`.
 
     Raises:
         ConfigError: the options allow no problem.
@@ -105,19 +105,19 @@ class Countdown:
         )
 
     def stream(self, rng: random.Random, without: Collection[Key] = ()) -> Iterator[Equation]:
-        """Endless draws whose key is not in `without`; an equation may be repeated."""
+        """An endless stream of equations whose key is not in `without`; they may repeat."""
         while True:
             equation = self.draw(rng)
             if equation.key not in without:
                 yield equation
 
     def heldout(self, num: int) -> list[Equation]:
-        """The first `num` equations with different keys under the constant seed.
+        """The first `num` equations with different keys, drawn with the constant HELDOUT_SEED.
 
-        A smaller `num` gives a prefix of a larger one.
+        The equations of a smaller `num` are the first ones of a larger.
 
         Raises:
-            ConfigError: the options allow fewer.
+            ConfigError: the options allow fewer equations.
         """
         equations: dict[Key, Equation] = {}
         rng = random.Random(HELDOUT_SEED)
@@ -134,7 +134,8 @@ class Countdown:
         return list(equations.values())
 
     def train(self, num: int, seed: int, without: Collection[Key]) -> list[Equation]:
-        """Up to `num` different (numbers as shown, target); fewer where the options allow fewer.
+        """`num` equations that differ in (numbers as shown, target), or fewer if the options allow
+        fewer.
 
         Raises:
             ConfigError: the options allow no problem outside of `without`.
@@ -160,13 +161,13 @@ class Countdown:
 def load(
     options: dict[str, object], num_train: int, num_heldout: int, seed: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """Training problems under `seed` and the fixed held-out ones.
+    """Training problems drawn with `seed`, and the fixed held-out problems.
 
-    Both carry the responses that data.options.responses names. With num_train=0 there are no
+    Both have the responses that data.options.responses names. With num_train=0 there are no
     training problems.
 
     Raises:
-        ConfigError: an option that the generator lacks, or options that allow no problem.
+        ConfigError: the generator has no such option, or the options allow too few problems.
     """
     game_options = dict(options)
     kind = game_options.pop("responses", Responses.none)
@@ -209,7 +210,7 @@ def _responses(equation: Equation, kind: Responses) -> tuple[str, ...]:
         case Responses.solution:
             return (equation.solution,)
         case Responses.pair:
-            # Seeded by the problem alone, so that the mistake is the same in every run.
+            # The problem alone is the seed, so that the mistake is the same in every run.
             rng = random.Random(f"countdown mistake {equation.prompt}")
             return equation.solution, equation.mistake(rng)
 

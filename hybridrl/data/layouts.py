@@ -1,4 +1,4 @@
-"""Row layouts of other projects: which can be read, and what to set or change for the rest."""
+"""Row layouts of other projects: reads ShareGPT's, and says what to set or change for others."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ ANSWER_NAMES = ("answer", "response", "output", "solution", "target", "completio
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 SHOWN = 8
-"""Keys that a message lists."""
+"""Largest number of keys that a message lists."""
 
 
 def as_messages(turns: Any) -> Any:
@@ -26,7 +26,7 @@ def as_messages(turns: Any) -> Any:
 
 
 def is_sharegpt(turns: Any) -> bool:
-    """Whether this is a list of ShareGPT's turns."""
+    """Whether `turns` is a list of ShareGPT's turns."""
     return (
         isinstance(turns, list)
         and bool(turns)
@@ -36,7 +36,7 @@ def is_sharegpt(turns: Any) -> bool:
 
 
 def unreadable_layout(row: Mapping[str, Any]) -> str | None:
-    """The keys of a row without a prompt, and what to do about it; None where it has a prompt.
+    """Why a row has no prompt that can be read, and what to do about it; None if it has one.
 
     Example: unreadable_layout({"question": "1+1=", "answer": "2"}) == "the row has `question`,
     `answer` and no prompt; set 'data.columns={prompt: question}', and completion: answer too where
@@ -54,7 +54,7 @@ def unreadable_layout(row: Mapping[str, Any]) -> str | None:
 
 
 def listed(keys: Iterable[str]) -> str:
-    """Keys for a message.
+    """Keys as text for an error message.
 
     Example: listed(["a", "b"]) == "`a`, `b`".
     """
@@ -131,7 +131,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _columns(mapping: Mapping[str, str]) -> str:
-    """The setting data.columns as a shell's argument."""
+    """The setting data.columns as an argument in a shell."""
     pairs = (f"{new}: {key if key.isidentifier() else repr(key)}" for new, key in mapping.items())
     text = f"data.columns={{{', '.join(pairs)}}}"
     return f'"{text}"' if "'" in text else f"'{text}'"

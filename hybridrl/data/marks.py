@@ -1,8 +1,8 @@
-"""Marks around texts that go through a template, by which each is recognised in the output.
+"""Marks around texts that a template renders, by which each text is recognised in the output.
 
-A text alone does not show where it came from: "4" may be an answer or part of "42". So each text is
-put between two private-use characters of its own, and the output between them is compared with the
-text.
+The output alone does not show where a text came from: "4" may be an answer or part of "42". So each
+text is put between two copies of a private-use character, a different one for each text, and the
+output between them is compared with the text.
 """
 
 import json
@@ -20,7 +20,7 @@ LEADING = re.compile(rf"(?:\s+|{TAG.pattern})*")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A text that must be in the output."""
+    """A text that the output must contain."""
 
     text: str
     what: str  # for an error, e.g. "the content of message 2, role `tool`"
@@ -29,7 +29,7 @@ class Piece:
     escaped: bool  # the output may escape it as in a JSON string
 
     def is_in(self, rendered: str) -> bool:
-        """Whether the output contains the whole text, tags included."""
+        """Whether the output contains the whole text, including its tags."""
         return any(
             form.strip() in rendered or _pattern(form).search(rendered)
             for form in self._forms(self.text)
@@ -56,9 +56,8 @@ class Marks:
         self.pieces: list[Piece] = []
 
     def around(self, text: str, what: str, *, escaped: bool = True) -> str:
-        """`text` with marks inside of its outer white space and tags.
-
-        So a template still sees how the text begins and ends.
+        """`text` with marks between its outer white space and tags, so that a template still sees
+        how the text begins and ends.
 
         Example: around("<think>a</think>4", ...) == "<think>Ma</think>4M", M a private-use
         character
@@ -73,13 +72,12 @@ class Marks:
         return f"{text[:begin]}{mark}{inner}{mark}{text[end:]}" if inner else text
 
     def missing(self, marked: str, rendered: str) -> Piece | None:
-        """The first text that is missing from the output; None where there is none.
+        """The first text that is missing from the output; None if none is.
 
         Args:
             marked: the template's output for the marked texts.
-            rendered: its output for the texts themselves. Where the two differ by more than the
-                marks, the template depends on the texts, and they are searched for in `rendered`
-                alone.
+            rendered: its output for the texts without marks. If the two differ by more than the
+                marks, the template depends on the texts, and only `rendered` is searched.
         """
         same = MARK.sub("", marked) == MARK.sub("", rendered)
         for piece in self.pieces:

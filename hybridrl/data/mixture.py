@@ -13,8 +13,8 @@ from hybridrl.types import Prompt
 class PromptMixture:
     """A cursor over several sources of prompts, each with an order and epochs of its own.
 
-    Which source the next prompt comes from depends on the weights alone (data.turns), so each step
-    has the shares of the sources as exactly as whole prompts can have them.
+    The source of the next prompt depends on the weights alone (data.turns), so each step has the
+    shares of the sources as exactly as whole prompts allow.
 
     Example: with the weights {"a": 3, "b": 1}, next_batch(4) gives two prompts of a, one of b, and
     one of a.
@@ -36,7 +36,7 @@ class PromptMixture:
         }
         self.weights = dict(weights)
         self.turns = Turns(weights)
-        self.returned: list[Prompt] = []  # by put_back, and not given again yet
+        self.returned: list[Prompt] = []  # prompts of put_back that were not given again yet
 
     def next_batch(self, n: int) -> list[Prompt]:
         """The next `n` prompts, those that were put back first.
@@ -54,7 +54,7 @@ class PromptMixture:
         self.returned += prompts
 
     def epochs(self) -> dict[str, float]:
-        """Of each source, by name, the prompts that were drawn so far over those that it has."""
+        """By source: the number of prompts drawn so far, divided by the number that it has."""
         return {
             name: (source.epoch * len(source.prompts) + source.position) / len(source.prompts)
             for name, source in self.sources.items()
@@ -77,8 +77,8 @@ class PromptMixture:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state that state_dict returned. Where the weights have changed, the
-        shares are counted anew from here.
+        """Continue from a state of state_dict. If the weights have changed, the shares are counted
+        anew from here.
 
         Raises:
             DataError: the state is of other sources or prompts.
@@ -132,7 +132,7 @@ def prompt_cursor(
 def cursors_of(
     prompts: Sequence[Prompt], seed: int, state: Mapping[str, Any]
 ) -> Iterator[tuple[PromptSource, Mapping[str, Any]]]:
-    """The source of each cursor in a saved state, at its beginning, with the cursor.
+    """A new PromptSource for each cursor of a saved state, with that cursor's state.
 
     Args:
         state: state_dict of a PromptSource or PromptMixture of these prompts.

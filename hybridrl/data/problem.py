@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SOURCE = "data_source"
-"""The column with the name of a problem's data source, unless its row has one of its own."""
+"""The column with the name of a problem's data source, unless its row has such a column itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,9 @@ class Problem:
     columns: dict[str, Any]  # values that reward functions may read
     row: str  # where it came from, for error messages, e.g. "train.jsonl:7"
     responses: tuple[str | dict[str, Any], ...] = ()
-    """None, one to imitate, or (chosen, rejected): texts, or messages with more than content."""
+    """Empty, one response to imitate, or (chosen, rejected): texts, or assistant's messages that
+    have more than content.
+    """
     tools: tuple[dict[str, Any], ...] = ()  # descriptions of functions, for the chat template
 
 

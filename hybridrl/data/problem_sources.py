@@ -1,4 +1,4 @@
-"""The problems of a run: those of its single source, or of each of data.sources."""
+"""Loads the problems of a run: those of its single source, or of each of data.sources."""
 
 import json
 import logging
@@ -66,7 +66,7 @@ def load_source(
     """(training, held-out) problems of one source, as load_problems.
 
     Args:
-        num_train: training problems of a generator, 0: only the held-out ones; rows are all read.
+        num_train: number of training problems of a generator, 0: none. All rows are always read.
         num_heldout: largest number of held-out problems.
 
     Raises:
@@ -100,7 +100,7 @@ def of_source(name: str, problem: Problem) -> Problem:
 
 @contextmanager
 def named_setting(key: str) -> Iterator[None]:
-    """In an error about settings of `data`, name those of the section `key` instead.
+    """In errors of the `with` block about settings of `data`, name the section `key` instead.
 
     Example: with named_setting("data.sources.sums"), "data.options={}: ..." becomes
     "data.sources.sums.options={}: ...".
@@ -120,9 +120,7 @@ def warn_of_shared(
     trained_on: tuple[str, str | None],
     held_out: tuple[str, str | None],
 ) -> None:
-    """Log how many held-out prompts of rows are training prompts too.
-
-    They may be the same file, a copy of it, or a few of its rows.
+    """Log how many held-out prompts are training prompts too.
 
     Args:
         trained_on, held_out: the setting that names the rows, and its value.

@@ -1,4 +1,4 @@
-"""From problems to tokenized prompts, and the cursor that passes over them for several epochs."""
+"""Tokenizes problems to prompts, and the cursor that goes over the prompts in several epochs."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -47,10 +47,10 @@ def tokenize(
             read the student's tokens.
 
     Raises:
-        ConfigError: a setting of the chat template that has no effect, or that contradicts a row.
-        DataError: an empty or too long prompt, a too long response, characters that the tokenizer
-            lacks, a chat template that is missing, refuses a row or omits a part of it; the message
-            names the row. Or no row remains.
+        ConfigError: a setting of the chat template has no effect, or contradicts a row.
+        DataError: a prompt is empty, a prompt or response is too long, the tokenizer lacks a
+            character, or the chat template is missing, refuses a row or omits a part of it; the
+            message names the row. Or no row remains.
     """
     check_template_settings(config, problems)
     template = ChatTemplate.of(tokenizer, config)
@@ -76,11 +76,11 @@ def tokenize(
 
 
 class TooLong(DataError):
-    """More tokens than fit; data.drop_too_long drops such a row."""
+    """A row has more tokens than fit; data.drop_too_long drops such rows."""
 
 
 class PromptSource:
-    """A cursor over one seeded permutation per epoch, which depends only on (seed, epoch, name).
+    """A cursor over prompts in a permutation per epoch, which depends only on (seed, epoch, name).
 
     Example: with three prompts, next_batch(2) twice gives "b@0" "a@0", then "c@0" "a@1": a batch
     may span two epochs.
@@ -90,7 +90,7 @@ class PromptSource:
         """
         Args:
             seed: run.seed.
-            name: of the source in data.sources; empty: it is the only one.
+            name: the source's name in data.sources; empty: there is a single source.
 
         Raises:
             DataError: there are no prompts.
@@ -102,7 +102,7 @@ class PromptSource:
         self.name = name
         self.epoch = 0
         self.position = 0
-        self.returned: list[Prompt] = []  # by put_back, and not given again yet
+        self.returned: list[Prompt] = []  # prompts of put_back that were not given again yet
         self._order = self._permutation()
 
     def next_batch(self, n: int) -> list[Prompt]:
@@ -126,14 +126,14 @@ class PromptSource:
         self.returned += prompts
 
     def epochs(self) -> dict[str, float]:
-        """As of PromptMixture; empty, since the only source has no name."""
+        """Empty; see PromptMixture. A single source has no name."""
         return {}
 
     def state_dict(self, in_flight: Sequence[Prompt] = ()) -> dict[str, Any]:
         """The state of the cursor for a checkpoint.
 
         Args:
-            in_flight: prompts that were given and are not trained on yet; a resumed run starts with
+            in_flight: prompts that were given but not yet trained on; a resumed run starts with
                 them.
         """
         return {
@@ -165,10 +165,14 @@ class PromptSource:
 
 
 def prompts_owed(uids: Sequence[str], prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts that a checkpoint owes, with the epochs in their uids.
+    """The prompts that were given but not trained on before a checkpoint.
+
+    Args:
+        uids: of these prompts, with "@EPOCH" at the end.
+        prompts: all prompts of the source.
 
     Raises:
-        DataError: names one that is not among the prompts.
+        DataError: one of them is not among the prompts; the error names it.
     """
     by_uid = {p.uid: p for p in prompts} if uids else {}
     owed = [uid.rpartition("@") for uid in uids]
@@ -235,9 +239,10 @@ def _with_teacher_prompts(
     max_prompt_tokens: int,
     max_tokens: int | None,
 ) -> Prompt:
-    """The prompt with the tokens that teachers with a chat template of their own read.
+    """The prompt with the tokens for teachers that have their own chat template.
 
-    A text prompt becomes a user's message, whether the student reads it so or not.
+    For these teachers a text prompt becomes a user's message, whether or not it does so for the
+    student.
 
     Raises:
         DataError: a template refuses the conversation or omits a part of it, or the tokens do not
@@ -261,7 +266,7 @@ def _with_teacher_prompts(
 
 
 def _warn_of_unclosed_tags(template: ChatTemplate) -> None:
-    """Log that given responses do not close the tag with which the template opens their turn."""
+    """Log how many responses do not close the tag with which the template opens their turn."""
     if not template.unclosed:
         return
     row, tag = template.unclosed[0]
@@ -280,7 +285,7 @@ def _report_dropped(dropped: int, problems: int) -> None:
     """Log how many of the problems data.drop_too_long has dropped.
 
     Raises:
-        DataError: all of them.
+        DataError: all problems were dropped.
     """
     if not dropped:
         return
@@ -292,18 +297,20 @@ def _report_dropped(dropped: int, problems: int) -> None:
 
 
 REFERENCE_COLUMNS = ("answer", "solution", "reference", "ground_truth")
-"""Columns in which data sets store the right answer; the report shows the first that a row has."""
+"""Columns in which data sets store the right answer; the first that a row has is used."""
 
 
 def readable(messages: Sequence[dict[str, Any]]) -> str:
-    """A conversation as text: a single message's content, or messages headed by their roles."""
+    """A conversation as text: the content of a single message, or each message after its role."""
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def reference_answer(problem: Problem) -> str | None:
-    """The right answer of a problem: a column of REFERENCE_COLUMNS, else its first response."""
+    """The right answer of a problem: a column of REFERENCE_COLUMNS, else the first response; None
+    without both.
+    """
     for name in REFERENCE_COLUMNS:
         if problem.columns.get(name) is not None:
             return str(problem.columns[name])

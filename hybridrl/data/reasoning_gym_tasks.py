@@ -14,19 +14,20 @@ HELDOUT_SEED = 20_240_229
 def load(
     dataset: str, options: dict[str, Any], num_train: int, num_heldout: int, seed: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """Training problems under `seed` and fixed held-out ones; all questions are different.
+    """Training problems drawn with `seed`, and fixed held-out problems; all questions differ.
 
     With num_train=0 there are no training problems. The columns are reasoning_gym_dataset,
     reasoning_gym_entry (the input of the library's scorer) and answer.
 
     Raises:
-        ConfigError: a dataset or an option that the library lacks, or too few questions.
+        ConfigError: the library lacks the dataset or an option, or no training question differs
+            from the held-out ones.
     """
     heldout = _draw(dataset, options, num_heldout, HELDOUT_SEED, "heldout", frozenset())
     if not num_train:
         return [], heldout
     questions = frozenset(p.columns["reasoning_gym_entry"]["question"] for p in heldout)
-    # The library seeds entry i with seed + i, so consecutive run seeds must be spread out.
+    # The library seeds entry i with seed + i, so the seeds of consecutive runs must be far apart.
     train_seed = random.Random(f"reasoning_gym train {seed}").getrandbits(30)
     train = _draw(dataset, options, num_train, train_seed, "train", questions)
     if not train:
@@ -42,7 +43,7 @@ def _draw(
 ) -> list[Problem]:
     try:
         entries = list(reasoning_gym.create_dataset(dataset, size=num, seed=seed, **options))
-    except Exception as error:  # each generator checks its options in its own way, or not at all
+    except Exception as error:  # generators raise various exceptions for wrong options
         raise ConfigError(
             f"data.dataset={dataset}, data.options={options}: reasoning_gym refuses them: {error}"
         ) from error

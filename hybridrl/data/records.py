@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]+){0,2}")
 
 NOT_ROWS = (".txt", ".zip", ".zst")
-"""Files of a dataset's folder that the library reads in other ways than row_files.py."""
+"""Endings of files that the datasets library reads differently from row_files.py."""
 
 NO_COLUMNS: Mapping[str, str | None] = {}
 """Every key is read under its own name."""
@@ -46,7 +46,7 @@ def load(
 ) -> list[Problem]:
     """The problems of one source.
 
-    Uids count its rows from 1, in JSON lines and CSV by line, e.g. "train-000003".
+    Uids contain the row's number from 1, or in JSON lines and CSV its line, e.g. "train-000003".
 
     Args:
         split: "train" or "heldout", with which uids begin.
@@ -55,7 +55,8 @@ def load(
 
     Raises:
         ConfigError: the source needs a package that is not installed.
-        DataError: no such source, no rows, or a bad row, named as path:number.
+        DataError: there is no such source, it has no rows, or a row is bad, which the error names
+            as path:number.
     """
     problems = []
     for number, row in rows(path, revision):
@@ -89,8 +90,8 @@ def rows(path: str, revision: str | None = None) -> Iterator[Row]:
 
 
 def hub_dataset(path: str) -> str | None:
-    """The OWNER/NAME of a path that is a dataset on the hub; None: it is a file or a folder. A
-    missing file is not searched for on the hub.
+    """The OWNER/NAME of a path that is a dataset on the hub; None: it is a file or a folder. The
+    name of a missing file is not taken for a dataset on the hub.
 
     Example: hub_dataset("openai/gsm8k:main:train") == "openai/gsm8k".
     """
@@ -107,7 +108,7 @@ def _dataset(
 
     Args:
         name: a folder or a name on the hub.
-        split: may be empty where there is only one.
+        split: may be empty if there is only one.
     """
     datasets = package("datasets", path)
     markers = ("dataset_dict.json", "state.json")  # files that save_to_disk writes
@@ -140,10 +141,10 @@ def _dataset(
 
 
 def _name_bad_file(folder: Path) -> None:
-    """Read the data files of a folder one by one, since the library does not name the bad one.
+    """Read the data files of a folder one by one, because the library does not name a bad one.
 
     Raises:
-        DataError: names the first of them that cannot be read by itself.
+        DataError: a file cannot be read by itself; names the first.
     """
     for file in sorted(folder.rglob("*")):
         if file.is_file() and is_file_name(file.name) and file.suffix not in NOT_ROWS:
@@ -152,11 +153,12 @@ def _name_bad_file(folder: Path) -> None:
 
 
 def _dataset_rows(path: str, dataset: Any) -> Iterator[Row]:
-    """The rows with media as stored bytes, and without the nulls in messages and descriptions of
-    tools with which a table fills the fields of other rows.
+    """The rows of one split.
 
-    Decoding media needs further packages, and they contain no text. A column whose values have
-    different types is stored as JSON by the library, and decoded; a warning names it.
+    Media stay stored bytes, since decoding them needs further packages and they contain no text.
+    In messages and descriptions of tools, nulls are removed, with which a table fills fields that
+    only other rows have. A column whose values have different types is stored by the library as
+    JSON, and decoded; a warning names it.
     """
     json_type = package("datasets", path).Json
     mixed = [name for name, feature in dataset.features.items() if isinstance(feature, json_type)]

@@ -1,4 +1,4 @@
-"""A given response as the tokens that generation would have made, ending with the end token."""
+"""Tokenizes a response of the data as generation would have produced it, with the end token."""
 
 from collections.abc import Sequence
 
@@ -18,21 +18,21 @@ def response_ids(
     templated: bool,
     eos: int | None = None,
 ) -> tuple[int, ...]:
-    """Tokens of `text` after `prompt`; an empty response is the end token alone.
+    """The tokens of `text` after `prompt`; an empty response is the end token alone.
 
-    Prompt and response together are the tokenization of the whole text. Where a tokenizer would
-    merge the prompt's last token with the response's first, which generation cannot do, the
-    response is tokenized separately.
+    Prompt and response are tokenized together. If the tokenizer would merge the prompt's last token
+    with the response's first, which generation cannot do, the response is tokenized separately.
 
     Args:
-        text: the response; of a template with the end of its turn (ChatTemplate.response).
-        prompt: the text that became prompt_ids.
+        text: the response; if a template wrote it, with the end of its turn
+            (ChatTemplate.response).
+        prompt: the text of prompt_ids.
         templated: whether a chat template wrote both.
-        eos: as of data.tokens.closed.
+        eos: as in data.tokens.closed.
 
     Raises:
-        DataError: a character without a token, a tokenizer without an end token, or an end token
-            inside of the response.
+        DataError: the tokenizer has no token for a character or no end token, or there is an end
+            token inside the response.
     """
     if tokenizer.eos_token_id is None:
         raise DataError(f"{row}: the model's tokenizer has no end token, so a response cannot end")

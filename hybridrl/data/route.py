@@ -1,4 +1,4 @@
-"""Which prompts a teacher scores, or a reward function judges."""
+"""Routes: which prompts a teacher scores or a reward function judges."""
 
 from collections.abc import Mapping
 from typing import Any

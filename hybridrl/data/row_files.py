@@ -1,8 +1,9 @@
 """The rows of one file: JSON lines, a JSON array, CSV, TSV or Parquet, also compressed.
 
-The ending of the name determines CSV, TSV or Parquet; everything else is JSON. Compression and the
-encoding of text (UTF-8, or UTF-16 and UTF-32 with a byte order mark) are recognised by the first
-bytes. Every error names the file, the line where there is one, and a remedy.
+CSV, TSV and Parquet are recognised by the ending of the name, Parquet also by its first bytes;
+every other file is read as JSON. Compression and the encoding of text (UTF-8, or UTF-16 and UTF-32
+with a byte order mark) are recognised by the first bytes. Every error names the file, the line if
+there is one, and a remedy.
 """
 
 import bz2
@@ -26,7 +27,7 @@ Row = tuple[int, dict[str, Any]]
 """(number from 1, content)."""
 
 COMPRESSED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
-"""Decompression by the first bytes of a file."""
+"""The decompression function by the first bytes of a file."""
 
 FOREIGN = {
     b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save the sheet as .csv",
@@ -149,7 +150,7 @@ def _lines(path: str, text: str) -> Iterator[Row]:
 
 
 def _keys_of_one_object(text: str) -> list[str] | None:
-    """The keys where the whole text is one object over several lines, else None."""
+    """The keys if the whole text is one JSON object over several lines, else None."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
@@ -184,7 +185,7 @@ def _is_json(text: str) -> bool:
 
 
 def _reason(error: ValueError, text: str) -> str:
-    """What is wrong, and the text at that place."""
+    """The reason of a JSON error, and the text at its position."""
     if not isinstance(error, json.JSONDecodeError):
         return str(error)
     shown = text[error.pos : error.pos + 30]
@@ -264,9 +265,9 @@ def table_rows(path: str, table: Any) -> Iterator[Row]:
     """The rows of a pyarrow.Table, converted column by column.
 
     A cell that cannot be converted, such as a year 300000 or an unknown time zone, becomes an
-    Unreadable and does not affect the others; the caller decides what it means for the row.
-    Messages and descriptions of tools have no nulls, with which a table fills the fields of other
-    rows.
+    Unreadable and does not affect the others; the caller decides what it means for the row. In
+    messages and descriptions of tools, nulls are removed, with which a table fills fields that only
+    other rows have.
     """
     columns = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
@@ -283,14 +284,14 @@ def table_rows(path: str, table: Any) -> Iterator[Row]:
 
 
 def holds_messages(kind: Any) -> bool:
-    """Whether a column of this pyarrow.DataType has lists of messages or descriptions of tools."""
+    """Whether this pyarrow.DataType is a list of messages or of descriptions of tools."""
     entry = getattr(kind, "value_type", None)
     fields = [entry.field(i).name for i in range(entry.num_fields)] if entry is not None else []
     return not {"role", "from", "function"}.isdisjoint(fields)
 
 
 def without_nulls(value: Any) -> Any:
-    """Nested values without the keys of objects whose value is null."""
+    """A copy of nested values without the object keys whose value is null."""
     if isinstance(value, dict):
         return {key: without_nulls(part) for key, part in value.items() if part is not None}
     return list(map(without_nulls, value)) if isinstance(value, list) else value
@@ -307,7 +308,7 @@ def package(name: str, path: str) -> ModuleType:
     """Import an optional package that reads the file or data set at `path`.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the package is not installed.
     """
     try:
         return import_module(name)

@@ -1,18 +1,18 @@
-"""From a row to a problem, by the keys that the row holds.
+"""Converts a row to a problem, by the keys that the row has.
 
     {"prompt": P}                                      a prompt alone
     {"prompt": P, "completion": R}                     one response
     {"messages": [..., {"role": "assistant", ...}]}    the last assistant message is the response
     {"prompt": P, "chosen": R, "rejected": R}          two responses, the better one first
 
-P is text or a list of chat messages. R is text, or a list of messages that ends with one of the
-assistant, the response; earlier messages of R belong to the prompt. R or `messages` continues the
-row's `prompt` where it begins with the assistant; otherwise it is a whole conversation, which must
-contain `prompt` where the row has one. Chosen and rejected share their prompt. Keys that are null
-count as absent. Where a row fits several lines, chosen and rejected take precedence over messages,
-and those over completion. ShareGPT's turns are read as messages. `tools`, a list of function
-descriptions or its JSON text, is passed to the chat template. All other keys, and `tools`, become
-columns, which reward functions may read.
+P is text or a list of chat messages. R is text, or a list of messages whose last one, the
+assistant's, is the response; its earlier messages belong to the prompt. If R or `messages` begins
+with the assistant, it continues the row's `prompt`; otherwise it is a whole conversation, which
+must contain `prompt` if the row has one. Chosen and rejected must have the same prompt. Keys that
+are null count as absent. If a row fits several lines, chosen and rejected take precedence over
+messages, and messages over completion. ShareGPT's turns are read as messages. `tools`, a list of
+function descriptions or its JSON text, is passed to the chat template. All other keys, and `tools`,
+become columns, which reward functions may read.
 """
 
 import json
@@ -28,7 +28,7 @@ from hybridrl.settings.sources import ROW_KEYS
 Text = str | list[dict[str, Any]]
 
 Response = str | dict[str, Any]
-"""A text, or an assistant's message that holds more than its content."""
+"""A text, or an assistant's message that has more than content."""
 
 
 def problem(row: dict[str, Any], name: str, uid: str) -> Problem:
@@ -38,7 +38,7 @@ def problem(row: dict[str, Any], name: str, uid: str) -> Problem:
         name: how errors name the row, e.g. "train.jsonl:7".
 
     Raises:
-        DataError: no schema fits, or a value that one reads is not JSON.
+        DataError: the row fits no line of the table above, or a value of its keys is not JSON.
     """
     values = {key: as_messages(row[key]) for key in ROW_KEYS if row.get(key) is not None}
     for key, value in values.items():
@@ -79,7 +79,7 @@ def _split(values: dict[str, Any], name: str) -> tuple[Text, tuple[Response, ...
 
 
 def _answer(values: dict[str, Any], key: str, name: str) -> tuple[Text, Response]:
-    """The prompt and the response that values[key] holds."""
+    """The prompt and the response of values[key]."""
     if isinstance(values[key], str) and key != "messages":
         return _prompt(values, name), values[key]
     messages = _messages(values[key], f"{name}: `{key}`")
@@ -130,9 +130,13 @@ def _prompt(values: dict[str, Any], name: str) -> Text:
 
 
 def _messages(value: Any, what: str) -> list[dict[str, Any]]:
-    """A copy of a conversation without keys that are null, with which columnar files fill rows.
+    """A copy of a conversation without null keys, with which columnar files fill rows.
 
-    An assistant's message without content gets an empty one where it calls a tool or thinks.
+    An assistant's message without content that calls a tool or thinks gets an empty content.
+
+    Raises:
+        DataError: `value` is not a list of messages with `role` and `content`; the error begins
+            with `what`.
     """
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
         messages = [
@@ -165,10 +169,10 @@ def _check_calls(message: dict[str, Any], what: str) -> None:
 
 
 def _tools(value: Any, name: str) -> tuple[dict[str, Any], ...]:
-    """The descriptions in the row's `tools`; empty where it is absent.
+    """The descriptions in the row's `tools`; empty if it is absent.
 
     Raises:
-        DataError: it is not a list of objects.
+        DataError: `tools` is neither a list of objects nor the JSON text of one.
     """
     if isinstance(value, str):
         try:

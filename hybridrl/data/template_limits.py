@@ -13,7 +13,7 @@ from jinja2 import Environment, TemplateSyntaxError
 SECONDS = 10.0
 """Limit for one conversation; the templates that models ship take about a millisecond."""
 SOON = 0.001
-"""Seconds until a timer of the caller fires that ran out meanwhile."""
+"""Seconds after which a timer of the caller fires if it ran out in the meantime."""
 
 
 class BoundlessTemplate(Exception):
@@ -24,15 +24,15 @@ class BoundlessTemplate(Exception):
 def bounded(
     template: str | Mapping[str, str] | None, *, seconds: float = SECONDS
 ) -> Iterator[None]:
-    """Interrupt the body of the context, which renders `template`, after some seconds.
+    """Interrupt the `with` block, which renders `template`, after `seconds`.
 
-    Python interrupts itself between two operations, by a signal that only the main thread receives:
-    other threads have no limit. If the caller had set a timer, it is restored afterwards; one that
-    ran out meanwhile fires at once. A power of whole numbers, such as 10**(10**8), is one operation
-    that takes minutes, so a template with one is refused beforehand.
+    Python is interrupted between two operations, by a signal that only the main thread receives, so
+    other threads have no limit. A timer of the caller is restored afterwards; if it ran out in the
+    meantime, it fires at once. A power of whole numbers, such as 10**(10**8), is one operation that
+    takes minutes, so a template with a power is refused beforehand.
 
     Args:
-        template: its text, or several by their names.
+        template: the text of a template, or of several by their names.
 
     Raises:
         BoundlessTemplate: the time is over, or the template contains a power.
@@ -55,16 +55,15 @@ def bounded(
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-        if delay:  # the timer of the caller, which 0 seconds would switch off
+        if delay:  # restore the caller's timer; never with 0 seconds, which would switch it off
             left = max(delay - (time.monotonic() - started), SOON)
             signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
 @lru_cache(maxsize=16)
 def _has_power(source: str) -> bool:
-    """Whether `**` is an operator between two values.
-
-    After a bracket or a comma it passes keyword arguments on.
+    """Whether `**` is used as an operator between two values. After an opening parenthesis or a
+    comma it passes keyword arguments.
     """
     before = ""
     try:

@@ -1,4 +1,4 @@
-"""Text as token ids, with the special tokens that generation would have."""
+"""Converts text to token ids, with the special tokens that generation would have."""
 
 from collections.abc import Collection, Sequence
 
@@ -6,11 +6,12 @@ from transformers import PreTrainedTokenizerBase
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> list[int]:
-    """The ids of `text`, without special tokens of the tokenizer at its end, so that it can go on.
+    """The ids of `text`, without special tokens that the tokenizer adds at the end, so that the
+    text can be continued.
 
     Args:
-        special_tokens: the tokenizer adds its own before the text, where the text does not have
-            them already. A template writes its special tokens itself.
+        special_tokens: the tokenizer adds its special tokens before the text, unless the text has
+            them already. False for the output of a template, which writes them itself.
     """
     if not special_tokens:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -28,8 +29,8 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: boo
 def has_unknown(ids: Collection[int], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether some character had no token.
 
-    If <unk> doubles as another special token, this cannot be determined; such tokenizers are
-    byte-level and never emit it.
+    If <unk> is also another special token, this cannot be determined and the answer is False; such
+    tokenizers are byte-level and never emit it.
     """
     unknown = tokenizer.unk_token_id
     return unknown in ids and unknown not in (
@@ -49,19 +50,19 @@ def closed(
 ) -> tuple[int, ...]:
     """A response that ends with exactly one end token.
 
-    It is the special token with which a template ends the turn, else the tokenizer's.
+    The end token is the special token with which a template ends the turn, else the tokenizer's.
 
     Args:
-        ids: the response; white space after the template's end token is removed with it.
+        ids: the response; white space after the template's end token is removed.
         templated: a template wrote the response.
-        eos: model.eos, which is then the end token in the place of both; None: it is not set.
+        eos: model.eos, which is then the end token instead of both; None: it is not set.
     """
     end = _end_of_turn(ids, tokenizer) if templated else None
     body = list(ids[:end])
     last = tokenizer.eos_token_id if end is None else ids[end]
     if eos is not None:
         last = eos
-    while body and body[-1] == last:  # the data's own text may contain it too
+    while body and body[-1] == last:  # the text of the data may already contain it
         body.pop()
     return (*body, last)
 

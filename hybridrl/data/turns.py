@@ -1,4 +1,4 @@
-"""From which source each prompt of a run comes, by the sources' weights."""
+"""Decides, by the weights of the sources, from which source each prompt of a run comes."""
 
 import math
 from collections.abc import Mapping
@@ -6,11 +6,11 @@ from fractions import Fraction
 
 
 class Turns:
-    """A sequence of sources in which each has its share of every beginning of the sequence.
+    """A sequence of sources in which each has its share at every point of the sequence.
 
-    After n prompts, a source with share w has had w*n of them, give or take less than one prompt
-    (half a prompt with two sources; with k of them 1 - 1/(2k - 2), R. Tijdeman, The chairman
-    assignment problem, Discrete Mathematics 32, 1980). No random number is drawn.
+    After n prompts, the number of prompts from a source with share w differs from w*n by less than
+    one prompt (by at most 1 - 1/(2k - 2) with k sources, so half a prompt with two; R. Tijdeman,
+    The chairman assignment problem, Discrete Mathematics 32, 1980). No random number is drawn.
 
     Example: the weights {"a": 3, "b": 1} give a, a, b, a, and so on.
     """
@@ -18,7 +18,7 @@ class Turns:
     def __init__(self, weights: Mapping[str, float]) -> None:
         """
         Args:
-            weights: of each source, positive; a number counts as it is written, 0.1 as a tenth.
+            weights: of each source, positive; decimals are exact, e.g. 0.1 is a tenth.
         """
         exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
         unit = math.lcm(*(weight.denominator for weight in exact.values()))
@@ -27,13 +27,13 @@ class Turns:
         """The turns that each source has had."""
 
     def next(self) -> str:
-        """The source of the next turn: of those whose share is due, the one whose turn could be
-        put off for the shortest time.
+        """The source of the next turn: of those whose turn is due, the one with the earliest
+        deadline.
         """
         total = sum(self.weights.values())
         turn = sum(self.taken.values()) + 1
         scale = max(2 * len(self.weights) - 2, 1)
-        # Turns that each source is behind its share, times `total`, an integer.
+        # The turns by which each source is behind its share, times `total`: integers.
         behind = {name: w * turn - self.taken[name] * total for name, w in self.weights.items()}
         due = [name for name, lag in behind.items() if scale * lag >= total]
 
