@@ -1,1 +1,1 @@
-"""The oracle: the production gradient of every method, compared with exact enumeration."""
+"""The oracle: compares the production gradient of every method with exact enumeration."""

@@ -10,7 +10,7 @@ from hybridrl.settings.choices import Correction, Divergence, SupportSource
 
 
 class Kind(StrEnum):
-    """How the mean of a gradient compares with the gradient that it estimates."""
+    """How the mean of a gradient estimate compares with the gradient that it estimates."""
 
     exact = "exact"  # equal, and no token's gradient depends on which tokens were drawn
     unbiased = "unbiased"  # equal in expectation
@@ -18,7 +18,7 @@ class Kind(StrEnum):
 
 
 class World(StrEnum):
-    """The model that is enumerated."""
+    """The language model whose sequences are enumerated."""
 
     fixed = "fixed"  # --vocab tokens, --horizon steps
     ended = "ended"  # 4 tokens, one of which ends a sequence, at most 4 steps
@@ -26,26 +26,26 @@ class World(StrEnum):
 
 
 class Value(StrEnum):
-    """The output of the value head."""
+    """The outputs of the value head."""
 
-    unrelated = "unrelated"
+    unrelated = "unrelated"  # random
     exact = "exact"  # the mean return of each prefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One row; settings under `algorithm` are written without that prefix."""
+    """One row of the table: a configuration, and what is declared for it."""
 
     method: str  # a file of conf/algorithm
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # overrides; those under `algorithm` without that prefix
     target: Target = Target.objective
     kind: Kind = Kind.unbiased
     bias: float = 0.0  # the relative bias of Kind.biased with --seed 0 --vocab 5 --horizon 3
     world: World = World.fixed
     group_size: int = 1
-    sampler_distance: float = 0.0  # as in mdp.make_mdp; not 0: settings of a pipelined run
+    sampler_distance: float = 0.0  # as in mdp.make_mdp; if not 0, the run's settings are pipelined
     learned: float = 0.0  # as in mdp.make_mdp
-    moved: float = 0.0  # as in mdp.make_mdp; not 0: settings of a run with two updates per batch
+    moved: float = 0.0  # as in mdp.make_mdp; if not 0, the run's settings have 2 updates per batch
     value: Value = Value.unrelated
 
     @property
@@ -64,14 +64,20 @@ class Case:
 
 
 PLAIN = ("baseline=none", "normalizer=constant", "reward_weight.value=2")
-"""The settings of rows of method hybrid: one sequence is a batch, and lengths do not matter."""
+"""The settings of rows of method hybrid, with which lengths do not matter and no siblings are
+needed.
+"""
 TOLERANCE = 6e-4
-"""Largest difference from a declared bias, which has three decimals."""
+"""Largest difference of a bias from the declared one, which has three decimals."""
 SEMI = Target.semi_gradient
 
 
 def cases(vocabulary: int) -> list[Case]:
-    """All cases, those of the methods first."""
+    """All cases; the presets come first.
+
+    Args:
+        vocabulary: tokens of the model without an end token.
+    """
     return [
         *methods(),
         *divergences(),
@@ -87,12 +93,12 @@ def cases(vocabulary: int) -> list[Case]:
 
 
 def biased(method: str, bias: float, *options: str, **where: Any) -> Case:
-    """A case that is declared biased by this size; `where` are further fields of Case."""
+    """A case that is declared biased by `bias`; `where` are further fields of Case."""
     return Case(method=method, options=options, kind=Kind.biased, bias=bias, **where)
 
 
 def methods() -> Iterator[Case]:
-    """Each online preset unchanged, with K siblings where it compares them."""
+    """Each online preset, with K siblings if it compares them, nearly always without options."""
     tiny: dict[str, Any] = {"world": World.tiny}
     for imitates in ("word_kd", "dagger", "gkd", "opd_full"):
         yield Case(method=imitates, target=SEMI, kind=Kind.exact)
@@ -147,7 +153,7 @@ BIAS_OF_SUPPORT = {
     (Divergence.jsd, SupportSource.sampler): (0.868, 0.822, 1.088),
     (Divergence.jsd, SupportSource.teacher): (0.129, 0.597, 1.157),
 }
-"""Biases for two tokens out of five, against the full divergence, in the order of BIASED."""
+"""Biases for two tokens out of five, relative to the full divergence, in the order of BIASED."""
 
 
 def supports(vocabulary: int) -> Iterator[Case]:
@@ -284,7 +290,7 @@ def distances() -> Iterator[Case]:
 
 def second_updates() -> Iterator[Case]:
     """The second update of a batch: the first one has moved the student's logits by 0.2 N(0,1) from
-    those of the old student, near which the sampler is.
+    those of the old student. The sampler is near the old student.
 
     With ratio.kind=clip the ratio to the old student is clipped, and multiplied by the truncated
     ratio of the old student to the sampler. Without active bounds the product is the whole ratio.
@@ -315,8 +321,8 @@ def lengths() -> Iterator[Case]:
 
 
 def teachers() -> Iterator[Case]:
-    """A second teacher: with a positive or a negative weight, with log-probs of drawn tokens alone
-    beside the hidden states of the first, or routed to other prompts.
+    """A second teacher: with a positive or a negative weight; with only log-probs of drawn tokens
+    while the first sends hidden states; or routed to other prompts.
     """
     for weight in (0.5, -0.2):
         second = f"+teachers.second={{path: null, weight: {weight}}}"

@@ -1,4 +1,4 @@
-"""The production code on enumerated sequences: objective, head rule, teachers and head op.
+"""Runs the production code on enumerated sequences: objective, head rule, teachers and head pass.
 
 All values are float64.
 """
@@ -41,9 +41,9 @@ class Rows:
 
 
 class Estimator:
-    """The gradient of one configuration.
+    """The gradient of one configuration, computed by the production code.
 
-    Tests override single methods, to show that the oracle detects a wrong gradient.
+    Tests override single methods to show that the oracle detects a wrong gradient.
     """
 
     def __init__(self, settings: RunSettings, mdp: Mdp, values: Tensor | None = None) -> None:
@@ -68,7 +68,8 @@ class Estimator:
         )
 
     def rows(self, members: Tensor, source: Source) -> Rows:
-        """The rows of some groups, each a global batch of its own with the same number of tokens.
+        """The rows of B groups. Each group is a global batch of its own, and all have the same
+        number of tokens.
 
         Args:
             members: [B, K] indices of sequences.
@@ -88,7 +89,7 @@ class Estimator:
         )
 
     def loss(self, hidden: Tensor, lm_head: Tensor, rows: Rows, columns: TokenColumns) -> Tensor:
-        """[] the loss of the head pass, with hidden states [R, H] and an output head [V, H]."""
+        """The loss [] of the head pass, for hidden states [R, H] and an output head [V, H]."""
         return hybrid_head_loss(hidden, lm_head, rows.teachers, columns, self.rule)[0]
 
     def plan(self, num_tokens: int, num_sequences: int) -> UpdatePlan:
@@ -148,7 +149,7 @@ class Estimator:
         return ScoredBatch(rollout=rollout, scores=scores, rewards=rewards)
 
     def rollout(self, members: Tensor, source: Source) -> RolloutBatch:
-        """The sequences as an engine would send them, each after a prompt of one token."""
+        """The sequences as an engine would send them, each with a prompt of one token."""
         mdp = self.mdp
         groups, k = members.shape
         at, tokens = self._at(members)
@@ -180,13 +181,15 @@ class Estimator:
         )
 
     def sampler_support(self, at: Tensor, tokens: Tensor, source: Source) -> Tensor:
-        """[R, K] the most likely tokens of the sequence's policy, as an engine sends them."""
+        """[R, K] the most likely tokens of the policy that wrote the sequences, as an engine sends
+        them.
+        """
         return author(self.mdp, source)[at].topk(self.objective.needs.sampler_support).indices
 
     def scores(
         self, teacher: str, table: Tensor, evidence: Evidence, rollout: RolloutBatch, at: Tensor
     ) -> TokenScores:
-        """The scores that a scorer sends.
+        """The scores that a scorer would send.
 
         Args:
             table: [P, V] the teacher's logits at each prefix.
@@ -207,14 +210,14 @@ class Estimator:
         return scores
 
     def _at(self, members: Tensor) -> tuple[Tensor, Tensor]:
-        """[R] the prefix before each response token, and the token."""
+        """[R] the prefix before each response token, and [R] the token."""
         chosen = members.flatten()
         mask = self.mdp.mask[chosen]
         return self.mdp.prefixes[chosen][mask], self.mdp.tokens[chosen][mask]
 
 
 def on_tokens(mask: np.ndarray, rows: Tensor) -> np.ndarray:
-    """[T] a per-token column that is 0 outside the responses."""
+    """[T] a column over all tokens: `rows` at the response tokens of `mask`, 0 elsewhere."""
     column = np.zeros(len(mask), np.float64)
     column[mask] = rows.numpy()
     return column

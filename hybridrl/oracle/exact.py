@@ -1,6 +1,6 @@
-"""The claim of a row as a plain function of the student's logits, and its gradient.
+"""The claim of a row: a plain function of the student's logits, whose gradient the row estimates.
 
-The gradient is taken by finite differences. The function is written from the definitions, with
+The gradient is computed by finite differences. The function follows the definitions, with
 probabilities and sums over all sequences; it shares no code with the code under test.
 """
 
@@ -18,26 +18,26 @@ from hybridrl.settings.choices import Correction, Divergence, Source, SupportSou
 
 
 class Target(StrEnum):
-    """The gradient that a method follows, of J = E[ sum_t sum_i w_i D_i - lambda R ]."""
+    """The gradient of J = E[ sum_t sum_i w_i D_i - lambda R ] that a method estimates."""
 
     objective = "grad J"  # the whole gradient
-    semi_gradient = "semi-gradient"  # with the visited prefixes held fixed in the imitation term
-    support = "K-token divergence"  # the same with D_i computed from the K tokens alone
+    semi_gradient = "semi-gradient"  # the visited prefixes of the imitation term are held fixed
+    support = "K-token divergence"  # the semi-gradient with D_i over the K tokens alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """The scalar function whose gradient at the student is claimed."""
+    """The scalar function whose gradient at the student's logits a row claims to estimate."""
 
     mdp: Mdp
     algorithm: AlgorithmConfig
     target: Target
     weights: tuple[float, ...]  # w_i
     reward_weight: float  # lambda
-    shares: Mapping[Source, float]  # of the sequences, by their source
+    shares: Mapping[Source, float]  # the share of the sequences by source
 
     def value(self, logits: Tensor) -> Tensor:
-        """[] the function's value at logits [P, V] of the student."""
+        """The value [] of the function at the student's logits [P, V]."""
         mdp = self.mdp
         total = torch.zeros((), dtype=logits.dtype)
         for source, share in self.shares.items():
@@ -61,11 +61,11 @@ class Claim:
         return total
 
     def gradient(self) -> Tensor:
-        """[P, V] by central differences, good to about 1e-10."""
+        """The gradient [P, V] by central differences, with an error of about 1e-10."""
         return finite_differences(self.value, self.mdp.student)
 
     def _divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        """[P] the divergence from a teacher at each prefix."""
+        """[P] the divergence from a teacher at each prefix, for Target.support over K tokens."""
         p = self.mdp.logp(logits).exp()
         q = self.mdp.logp(teacher).exp()
         if self.target is not Target.support:
@@ -94,7 +94,7 @@ class Claim:
 
 
 def divergence(p: Tensor, q: Tensor, algorithm: AlgorithmConfig) -> Tensor:
-    """[P, n] probabilities -> [P]."""
+    """[P] the divergence between probabilities p and q, [P, n] each."""
     match algorithm.divergence:
         case Divergence.reverse_kl:
             return (p * (p / q).log()).sum(1)
@@ -108,7 +108,7 @@ def divergence(p: Tensor, q: Tensor, algorithm: AlgorithmConfig) -> Tensor:
 
 
 def author(mdp: Mdp, source: Source) -> Tensor:
-    """[P, V] logits of the policy that writes the sequences of a source."""
+    """[P, V] the logits of the policy that writes the sequences of a source."""
     return {Source.student: mdp.sampler, Source.teacher: mdp.teachers[0], Source.data: mdp.data}[
         source
     ]
@@ -117,7 +117,7 @@ def author(mdp: Mdp, source: Source) -> Tensor:
 def finite_differences(
     function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-5
 ) -> Tensor:
-    """Central differences of a scalar function, one entry at a time: same shape as `at`."""
+    """Central differences of a scalar function by each entry of `at`, in the shape of `at`."""
     gradient = torch.zeros_like(at)
     for entry in np.ndindex(*at.shape):
         up = at.clone()

@@ -1,4 +1,4 @@
-"""A language model that can be enumerated: a row of logits per prefix, and all sequences.
+"""A language model that can be enumerated: a row of logits for each prefix, and all sequences.
 
 Letters: V vocabulary, T longest response, P prefixes, S sequences.
 """
@@ -14,7 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mdp:
-    """Logits of student, sampler, teachers and the data's author, and rewards; all float64.
+    """Logits of student, sampler, teachers and the policy that wrote the data, and rewards; all
+    float64.
 
     Example: V=5, T=3 without an end token has 31 prefixes and 125 sequences; V=4, T=4 where token 3
     ends a sequence has 40 and 121.
@@ -46,11 +47,11 @@ class Mdp:
         return torch.where(self.mask, self.logp(logits)[self.prefixes, self.tokens], 0.0)
 
     def probability(self, logits: Tensor) -> Tensor:
-        """[S], sums to 1."""
+        """[S] the probability of each sequence; they sum to 1."""
         return self.token_logp(logits).sum(1).exp()
 
     def visits(self, logits: Tensor) -> Tensor:
-        """[P] the probability that a sequence of this policy passes each prefix."""
+        """[P] the probability that a sequence of this policy has a token after the prefix."""
         weight = torch.where(self.mask, self.probability(logits)[:, None], 0.0)
         return torch.zeros(len(logits), dtype=weight.dtype).index_add_(
             0, self.prefixes.flatten(), weight.flatten()
@@ -75,15 +76,15 @@ def make_mdp(
     Prefixes and sequences are sorted by length, then lexicographically.
 
     Args:
-        sampler_distance: standard deviation of the sampler's logits around the old student's; 0:
-            the sampler is the old student.
-        moved: standard deviation of the old student's logits around the student's; 0: they are one,
-            as in the first update of a batch.
-        learned: the share of the way to the first teacher's logits that the student has moved, in
-            [0, 1].
         ends: whether the last token of the vocabulary ends a sequence; if not, all sequences have
             `horizon` tokens. If so, the teachers' logits are drawn around the student's, since
             otherwise the cost of a sequence would mostly depend on whether it ends.
+        sampler_distance: standard deviation of the sampler's logits around the old student's; 0:
+            the sampler is the old student.
+        learned: the share of the way to the first teacher's logits that the student has moved, in
+            [0, 1].
+        moved: standard deviation of the old student's logits around the student's; 0: the two are
+            equal, as in the first update of a batch.
     """
     prefixes, sequences = enumerated(vocabulary, horizon, ends=ends)
     rng = np.random.default_rng(seed)
@@ -123,7 +124,7 @@ def enumerated(
     """All prefixes and all sequences, each sorted by length, then lexicographically.
 
     Args:
-        ends: as of make_mdp.
+        ends: as in make_mdp.
     """
     going = range(vocabulary - 1 if ends else vocabulary)
     prefixes = [p for length in range(horizon) for p in product(going, repeat=length)]
@@ -135,7 +136,7 @@ def enumerated(
 def sequence_tensors(
     prefixes: Sequence[tuple[int, ...]], sequences: Sequence[tuple[int, ...]], horizon: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, mask and rows of the prefixes, each [S, T], as Mdp has them."""
+    """The fields tokens, mask and prefixes of Mdp, each [S, T]."""
     row = {prefix: i for i, prefix in enumerate(prefixes)}
 
     def pad(values: Sequence[int]) -> list[int]:

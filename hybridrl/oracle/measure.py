@@ -1,4 +1,4 @@
-"""The exact mean and variance of an estimator's gradient over all possible samples."""
+"""Computes the exact mean and variance of an estimator's gradient over all possible samples."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ class Measured:
     """Mean and variance of a gradient, and whether it depends on the drawn tokens."""
 
     mean: Tensor  # [P, V] gradient per sequence at the student's logits
-    variance: float  # trace of the covariance, times the sequences of a batch: per sample
-    # Largest difference between two tokens' gradients at their logits, after the same prefix.
+    variance: float  # per sequence: the trace of the covariance times the sequences of a batch
+    # largest difference between the gradients of two tokens at their logits, after the same prefix
     token_spread: float
 
 
 def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: int) -> Measured:
-    """Sum over all groups of K sequences, each group a global batch.
+    """Measure a gradient by a sum over all groups of K sequences, each group a global batch.
 
     Args:
-        shares: of the batches, by the source of their sequences; they sum to 1.
+        shares: the share of the batches by the source of their sequences; they sum to 1.
     """
     table = estimator.mdp.student
     mean = torch.zeros_like(table)
@@ -52,10 +52,10 @@ def measure(estimator: Estimator, shares: Mapping[Source, float], group_size: in
 
 
 def pieces(estimator: Estimator, group_size: int) -> list[Tensor]:
-    """All K-tuples of sequences, as tensors [B, K] whose groups have equally many tokens and so an
-    equal plan.
+    """All K-tuples of sequences, in tensors [B, K] whose groups have the same number of tokens and
+    so the same plan.
 
-    Where a batch is standardised, each tuple is a batch of its own.
+    If batches are standardised, each tuple is a tensor of its own.
     """
     lengths = estimator.mdp.lengths
     tuples = torch.cartesian_prod(*[torch.arange(len(lengths))] * group_size).reshape(
@@ -68,7 +68,8 @@ def pieces(estimator: Estimator, group_size: int) -> list[Tensor]:
 
 
 def table_gradient(estimator: Estimator, rows: Rows, chance: Tensor) -> Tensor:
-    """[P, V] the gradient summed over tokens, each times the probability `chance` [R] of its group.
+    """[P, V] the sum of the tokens' gradients, each times the probability `chance` [R] of its
+    group.
 
     With one-hot hidden states and the table as output head, the logits are entries of the table, so
     the gradient of the head is that of the table.
@@ -86,7 +87,7 @@ def table_gradient(estimator: Estimator, rows: Rows, chance: Tensor) -> Tensor:
 
 
 def token_gradients(estimator: Estimator, rows: Rows) -> Tensor:
-    """[R, V] gradients at each token's own logits.
+    """[R, V] the gradient of each token at its own logits.
 
     The logits are the hidden states, and the output head is the identity.
     """
@@ -99,7 +100,7 @@ def token_gradients(estimator: Estimator, rows: Rows) -> Tensor:
 
 
 def spread(gradients: Tensor, prefixes: Tensor) -> float:
-    """Largest difference between rows [R, V] of the same prefix."""
+    """The largest difference between gradients, rows of [R, V], of the same prefix [R]."""
     where = prefixes[:, None].expand_as(gradients)
     ends = [
         torch.zeros(int(prefixes.max()) + 1, gradients.shape[1], dtype=gradients.dtype)
@@ -113,10 +114,9 @@ def spread(gradients: Tensor, prefixes: Tensor) -> float:
 
 
 def tokens_per_sequence(estimator: Estimator, weight: float) -> float:
-    """The factor that undoes the normaliser, on average where lengths vary.
+    """The factor that undoes the normaliser, in the mean if lengths vary.
 
-    A user's own token weight may have any size: a constant factor can be part of the learning
-    rate.
+    A user's token weight may have any scale, because a constant factor acts like a learning rate.
 
     Args:
         weight: the mean of the sum of a batch's token weights, which is 1 if they form a mean.

@@ -1,4 +1,4 @@
-"""The results of `hybridrl check` as a page.
+"""Writes the results of `hybridrl check` as a page.
 
 `python -m hybridrl.oracle.page > hybridrl/oracle/README.md` writes it.
 """

@@ -14,13 +14,15 @@ from hybridrl.oracle.verdict import Row, Scope, judge
 from hybridrl.settings.compose import conf_dir, load_config
 
 LIMIT = 2000
-"""Largest number of sequences of the model without an end token; more take minutes."""
+"""Largest number of sequences of the model without an end token; more would take minutes."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table, or the rows of the given settings; with --json a list of row objects.
 
-    Returns the exit status: 0 all as declared, 1 a row deviates or is biased, 2 wrong arguments.
+    Returns:
+        The exit status: 0 if all rows are as declared, 1 if a row of the table deviates or a row
+        of given settings is biased, 2 for wrong arguments.
     """
     defaults = Scope()
     parser = argparse.ArgumentParser(
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
 def argument_error(
     seed: int, vocabulary: int, horizon: int, settings: Sequence[str] = ()
 ) -> str | None:
-    """One sentence about the first argument that is wrong; None: all are right."""
+    """An error sentence about the first wrong argument; None: all are right."""
     if seed < 0:
         return f"--seed {seed}: must not be negative; give 0 or more"
     if vocabulary < 4:
@@ -114,7 +116,9 @@ def report_table(rows: Iterable[Row]) -> int:
 
 
 def report_user_rows(rows: Sequence[Row]) -> int:
-    """Print rows without a declaration, whose verdict is the result; returns the exit status."""
+    """Print the rows of given settings, for which nothing is declared, and return the exit
+    status: 1 if a row is biased.
+    """
     print(HEADER)
     for row in rows:
         print(line(row))
@@ -126,7 +130,9 @@ def report_user_rows(rows: Sequence[Row]) -> int:
 
 
 def all_rows(scope: Scope) -> Iterator[Row]:
-    """The row of every case; a preset without a case deviates, since nothing is declared for it."""
+    """The row of every case, and of every preset without a case. The latter deviate, since nothing
+    is declared for them.
+    """
     listed = cases(scope.vocabulary)
     for case in listed:
         yield judge(case, scope)

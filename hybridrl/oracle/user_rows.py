@@ -1,9 +1,9 @@
 """`hybridrl check algorithm.advantage=file.py:Class`: measure a user's own code.
 
-An estimator or token weight is measured as any other row: the mean of its gradient over all
-possible samples is compared with the gradient of the objective, by the production code. Nothing is
-declared about it, so the row is the result. The derivatives of a pair loss are compared with finite
-differences of the loss, token by token.
+An estimator or token weight is measured like any other row: the production code computes the mean
+of its gradient over all possible samples, which is compared with the gradient of the objective.
+Nothing is declared for it, so the measured verdict is the result. The derivatives of a pair loss
+are compared with finite differences of the loss, token by token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,17 +32,17 @@ PAIR_LOSS = "pair.loss="
 MOST_PAIRS = 500
 """Largest number of pairs that are measured."""
 STEP = 1e-5
-"""Of the finite differences of a pair loss, in nats; they are good to about 1e-9."""
+"""Step of the finite differences of a pair loss, in nats; their error is about 1e-9."""
 ROUNDING = 1e-6
-"""Largest relative error of a pair loss's derivatives that still counts as none."""
+"""Largest relative error of a pair loss's derivatives that counts as rounding."""
 
 
 def user_rows(overrides: Sequence[str], scope: Scope) -> Iterator[Row]:
     """The rows of one configuration.
 
     Args:
-        overrides: settings under `algorithm`, and `algorithm=NAME` for the preset to start from: by
-            default hybrid with gamma=1, or dpo for a pair loss.
+        overrides: settings under `algorithm`, and optionally `algorithm=NAME`, the preset to start
+            from; by default hybrid with gamma=1, or dpo for a pair loss.
 
     Raises:
         ConfigError: a setting is wrong, or a user's file cannot be used.
@@ -59,12 +59,14 @@ def user_rows(overrides: Sequence[str], scope: Scope) -> Iterator[Row]:
 
 
 def is_own_setting(override: str) -> bool:
-    """Whether `hybridrl check` takes this argument as a setting."""
+    """Whether this argument of `hybridrl check` is a setting."""
     return override.startswith((METHOD, SECTION)) and "=" in override
 
 
 def start(overrides: Sequence[str]) -> Case:
-    """The preset with the settings and two responses to a prompt, which suits all estimators."""
+    """The case of the preset with the settings, with two responses to each prompt, since some
+    estimators need siblings.
+    """
     methods = [o.removeprefix(METHOD) for o in overrides if o.startswith(METHOD)]
     options = [o.removeprefix(SECTION) for o in overrides if not o.startswith(METHOD)]
     losses = [o.removeprefix(PAIR_LOSS) for o in options if o.startswith(PAIR_LOSS)]
@@ -87,7 +89,8 @@ def placements(case: Case, settings: RunSettings) -> Iterator[Case]:
     needs = make_objective(settings).needs
     exact = algorithm.gamma == 1 or not algorithm.imitates
     case = replace(case, target=Target.objective if exact else Target.semi_gradient)
-    # Each group is then a batch of its own, and only the tiny model has few enough groups.
+    # Each group is a batch of its own if batches are standardised, and only the tiny model has few
+    # enough groups for that.
     standardises = algorithm.scale is Scale.batch
     if needs.siblings or standardises:
         places = [(World.tiny, 3)] if standardises else [(World.ended, 2), (World.tiny, 3)]
@@ -97,13 +100,13 @@ def placements(case: Case, settings: RunSettings) -> Iterator[Case]:
         for value in Value if needs.learner_values else [Value.unrelated]:
             yield replace(case, world=world, group_size=group_size, value=value)
     if algorithm.ratio.kind is not Ratio.none and not standardises:
-        # Only a sampler that is not the learner shows what a bound of the ratio does.
+        # A bound of the ratio has an effect only if the sampler differs from the learner.
         size = 2 if needs.siblings else 1
         yield replace(case, world=World.ended, group_size=size, sampler_distance=0.5)
 
 
 def pair_rows(case: Case, settings: RunSettings, scope: Scope) -> Iterator[Row]:
-    """One row for the derivatives with respect to the chosen responses, one for the rejected."""
+    """Two rows: the derivatives with respect to the chosen, and to the rejected responses."""
     trial = PairTrial(settings, scope)
     for side, sequences in zip(("chosen", "rejected"), trial.pairs, strict=True):
         claimed, differences = trial.derivatives(sequences)
@@ -124,7 +127,7 @@ def pair_rows(case: Case, settings: RunSettings, scope: Scope) -> Iterator[Row]:
 
 
 class PairTrial:
-    """Pairs of enumerated sequences, with their losses and derivatives by the objective."""
+    """Pairs of enumerated sequences, with the objective's losses and derivatives."""
 
     def __init__(self, settings: RunSettings, scope: Scope) -> None:
         mdp = scope.mdp(World.ended)
@@ -147,10 +150,12 @@ class PairTrial:
         self.pairs = ranked(self.batch)  # chosen and rejected, [P] each
 
     def derivatives(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """Derivatives of each pair's loss by each token of one of its responses, both [P, T].
+        """The derivatives of each pair's loss with respect to the log-prob (or value) of each token
+        of one of its responses: those that the objective passes to the head pass, and central
+        differences; both [P, T].
 
-        The first ones are those that the objective gives to the head pass, the second ones central
-        differences.
+        Args:
+            sequences: [P] the index of this response of each pair.
         """
         claimed = self._grid(self._coefficients(self.credit(self.batch)))[sequences]
         differences = torch.zeros_like(claimed)
@@ -164,17 +169,19 @@ class PairTrial:
         return claimed, differences
 
     def credit(self, batch: ScoredBatch) -> Credit:
-        """The objective's coefficients of all tokens, for the learner's columns of `batch`."""
+        """The objective's coefficients of all tokens, for the log-probs and values of `batch`."""
         plan = self.estimator.plan(int(self.mask.sum()), len(self.mask))
         return self.objective.credit(batch, plan)
 
     def _coefficients(self, credit: Credit) -> Tensor:
-        """[R] d loss of the pair / d log p of the token, or d value; one group divides by 1."""
+        """[R] the derivative of the pair's loss with respect to log p, or the value, of the token.
+        The number of groups in the plan is 1, so the loss is not divided.
+        """
         columns = credit.columns
         return columns.value_slope if self.by_value else columns.token_weight * columns.sparse
 
     def _losses(self, step: Tensor) -> Tensor:
-        """[P] the loss of each pair, every token's number moved by its step [R]."""
+        """[P] the loss of each pair after `step` [R] is added to each token's log-prob or value."""
         moved = (
             replace(self.batch, learner_values=(self.values + step).numpy())
             if self.by_value
@@ -183,14 +190,16 @@ class PairTrial:
         return self.credit(moved).watched["pair/loss"]
 
     def _grid(self, column: Tensor) -> Tensor:
-        """[R] -> [2P, T]."""
+        """[2P, T] an [R] column as a row for each sequence, 0 in the padding."""
         grid = torch.zeros(self.mask.shape, dtype=column.dtype)
         grid[self.mask] = column
         return grid
 
 
 def different_pairs(rewards: Tensor) -> Tensor:
-    """[P, 2] at most MOST_PAIRS pairs of sequences whose rewards differ, spread over all."""
+    """[P, 2] at most MOST_PAIRS pairs of sequences whose rewards differ, evenly spread over all
+    such pairs.
+    """
     pairs = torch.cartesian_prod(torch.arange(len(rewards)), torch.arange(len(rewards)))
     pairs = pairs[rewards[pairs[:, 0]] != rewards[pairs[:, 1]]]
     return pairs[:: -(-len(pairs) // MOST_PAIRS)]

@@ -1,4 +1,4 @@
-"""A row: an estimator measured against its claim, and compared with its declaration."""
+"""Computes a row: measures an estimator against its claim, and compares it with its declaration."""
 
 from dataclasses import dataclass, replace
 
@@ -18,22 +18,22 @@ from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 
 ROUNDING = 1e-7
-"""Largest relative difference that still counts as none; finite differences are good to 1e-10."""
+"""Largest relative difference that counts as rounding; finite differences have errors of 1e-10."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
-    """Which models are enumerated."""
+    """The sizes and the seed of the models that are enumerated."""
 
     seed: int = 0
     vocabulary: int = 5
     horizon: int = 3
     ended: int = 4
-    """Tokens of the model whose sequences end at different lengths, and its steps."""
+    """Tokens, and also steps, of the model whose sequences end at different lengths."""
 
     @property
     def has_sizes(self) -> bool:
-        """Whether the declared sizes of biases are those of these models."""
+        """Whether the declared sizes of biases apply to these models."""
         return self == Scope()
 
     def mdp(
@@ -124,8 +124,8 @@ LARGEST_GROWTH = 8.0
 LEAST_COSINE = -0.25
 """Bounds of biased rows on models other than those for which their sizes are declared.
 
-On seeds 1 to 6 the bias grew at most 6.2 times (with standardised batches, on a model with a small
-gradient) or stayed below 1.1, and no cosine was below -0.19.
+With seeds 1 to 6 the bias was at most 6.2 times the declared one (with standardised batches, on a
+model with a small gradient) or below 1.1, and no cosine was below -0.19.
 """
 
 
@@ -139,9 +139,9 @@ def is_bounded(case: Case, bias: float, cosine: float) -> bool:
 
 
 EQUAL_LENGTHS = "[equal lengths]"
-"""Mark of a row whose preset divides by the lengths of the responses of a batch.
+"""The mark of a row whose preset divides by the lengths of the responses of a batch.
 
-Its declaration holds if all lengths are equal, as they are in worlds without an end token.
+Its declaration holds only if all lengths are equal, as they are in worlds without an end token.
 """
 
 
@@ -152,7 +152,7 @@ def needs_equal_lengths(case: Case, settings: RunSettings) -> bool:
 
 
 def class_of(bias: float, token_spread: float) -> Kind:
-    """The verdict of a row; `token_spread` is that of Measured."""
+    """The verdict of a row with this relative bias and this Measured.token_spread."""
     if not bias < ROUNDING:  # NaN too
         return Kind.biased
     return Kind.exact if token_spread < ROUNDING else Kind.unbiased
@@ -191,7 +191,7 @@ def claim(case: Case, settings: RunSettings, mdp: Mdp) -> Claim:
     names = settings.scored_teachers
     routed = [takes(settings.teachers[name].route, COLUMNS) for name in names]
     shares = written_by(settings.algorithm)
-    # With a ratio, the teacher's sequences are weighted so that they replace those of the student.
+    # With a ratio, the weighted sequences of the teacher stand for sequences of the student.
     if settings.algorithm.ratio.kind is not Ratio.none:
         shares[Source.student] = shares.get(Source.student, 0.0) + shares.pop(Source.teacher, 0.0)
     return Claim(
@@ -207,7 +207,7 @@ def claim(case: Case, settings: RunSettings, mdp: Mdp) -> Claim:
 
 
 def written_by(algorithm: AlgorithmConfig) -> dict[Source, float]:
-    """The share of the batches of each source that has one."""
+    """The share of the batches by source, without sources whose share is 0."""
     student = 1 - algorithm.teacher_fraction - algorithm.data_fraction
     shares = {
         Source.student: student,
@@ -218,7 +218,7 @@ def written_by(algorithm: AlgorithmConfig) -> dict[Source, float]:
 
 
 def exact_values(settings: RunSettings, mdp: Mdp) -> Tensor:
-    """[P] the mean return of each prefix, which is the output of a perfect value head."""
+    """[P] the mean return after each prefix, which is the output of a perfect value head."""
     plain = replace(
         settings, algorithm=replace(settings.algorithm, baseline="none", advantage=None)
     )
