@@ -25,7 +25,7 @@ PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, "#7f7f7f", "#8c6d31")
 
 
 class Unit(StrEnum):
-    """How the values of a diagram are written."""
+    """The unit of a diagram's values, by which they are written."""
 
     plain = "plain"  # 0.2993 as "0.2993"
     share = "share"  # 0.2993 as "29.9 %"
@@ -41,7 +41,7 @@ class Unit(StrEnum):
         return f"{value:,.4g}"
 
     def tick(self, value: float) -> str:
-        """A value at an axis, e.g. "30 %"."""
+        """A value as a label of an axis, e.g. "30 %"."""
         match self:
             case Unit.share:
                 return f"{100 * value:.3g} %"
@@ -52,37 +52,37 @@ class Unit(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """Values of one kind over the horizontal axis, at least one."""
+    """Values of one kind over the horizontal axis; at least one value."""
 
     label: str
     colour: str
     x: Float64  # [n] ascending
     y: Float64  # [n] finite
-    low: Float64 | None = None  # [n] the band around the values, NaN where it has none
-    high: Float64 | None = None  # [n]
-    marked: bool = False  # measured at evaluations, not at every step
+    low: Float64 | None = None  # [n] lower edge of the band around the values, NaN: none there
+    high: Float64 | None = None  # [n] upper edge
+    marked: bool = False  # measured at evaluations only, so each point has a marker
     dashed: bool = False
-    smooth: bool = False  # a running mean is drawn over the pale values
+    smooth: bool = False  # the values are drawn pale, and their running mean over them
     ends: bool = False  # the first and the last value are written beside their points
 
     def running_mean(self) -> Float64 | None:
-        """[n] the mean of each value and its neighbours; None: it is not drawn."""
+        """[n] the mean of each value and its neighbours; None if none is to be drawn."""
         neighbours = len(self.y) // 40
         return running_mean(self.y, neighbours) if self.smooth and neighbours else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """A value that does not depend on the horizontal axis: a dashed line."""
+    """A value that does not depend on the horizontal axis, drawn as a dashed line."""
 
-    label: str  # empty: it has none
+    label: str  # empty: no label
     value: float
     colour: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bars:
-    """Heights of one kind, on top of those that come before it."""
+    """One layer of stacked bars, on top of the layers before it."""
 
     label: str
     colour: str
@@ -93,23 +93,23 @@ class Bars:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """What a diagram shows."""
+    """The content of a diagram, without its texts."""
 
     curves: tuple[Curve, ...] = ()
     levels: tuple[Level, ...] = ()
     bars: tuple[Bars, ...] = ()
     unit: Unit = Unit.plain
-    include: tuple[float, ...] = ()  # values that the vertical axis reaches at least
+    include: tuple[float, ...] = ()  # values that the vertical axis must contain
     log: bool = False  # logarithmic vertical axis
-    roof: float = math.inf  # the vertical axis ends here at the latest
+    roof: float = math.inf  # upper limit of the vertical axis, unless a value is higher
 
     def is_empty(self, *, hide_zero: bool) -> bool:
-        """Whether nothing was measured, or (hide_zero) only zeros."""
+        """Whether there are no values or, with hide_zero, only zeros."""
         values = [*(curve.y for curve in self.curves), *(bars.heights for bars in self.bars)]
         return not any(v.any() if hide_zero else v.size for v in values)
 
     def x_range(self) -> tuple[float, float]:
-        """The ends of the horizontal axis, with room beside the first and the last value."""
+        """The ends of the horizontal axis, with space beside the first and the last value."""
         points = [*(curve.x for curve in self.curves), *(bars.x for bars in self.bars)]
         last = max((float(x[-1]) for x in points if x.size), default=0.0)
         room = max(0.5, 0.015 * last)
@@ -138,11 +138,11 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """A diagram with its words."""
+    """A diagram with its texts."""
 
     title: str
     caption: str
-    metrics: tuple[str, ...]  # that it shows, or some of them; the page explains these
+    metrics: tuple[str, ...]  # some or all of the metrics that it shows; the page explains these
     drawing: Drawing
     x_label: str = "optimizer step"
 
@@ -156,7 +156,7 @@ def series(rows: Rows, key: str) -> tuple[Float64, Float64]:
 
 
 def running_mean(values: Float64, neighbours: int) -> Float64:
-    """[n] -> [n]: mean of each value and its `neighbours` on either side, fewer at the ends.
+    """[n] the mean of each value and its `neighbours` on either side, or fewer at the ends.
 
     Example: ([0, 2, 7], 1) -> [1, 3, 4.5].
     """
@@ -167,5 +167,5 @@ def running_mean(values: Float64, neighbours: int) -> Float64:
 
 
 def plain(value: Any) -> Any:
-    """A number as JSON and SVG hold it, of five digits."""
+    """A number rounded to five digits, for JSON and SVG."""
     return float(f"{float(value):.5g}")

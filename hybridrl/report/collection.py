@@ -1,6 +1,6 @@
-"""`hybridrl report FOLDER` for a folder of experiments: all of their pages as one file.
+"""`hybridrl report FOLDER` for a folder of experiments: all of its pages as one file.
 
-Such a folder is what tools/reproduce writes: README.md, the summary, and a folder for each
+tools/reproduce writes such a folder: README.md, which is the summary, and a folder for each
 experiment with a README.md and its picture.
 """
 
@@ -24,7 +24,7 @@ REPORT = "report.html"
 
 
 def is_collection(folder: Path) -> bool:
-    """Whether the folder holds the pages of experiments, and no run."""
+    """Whether the folder contains the pages of experiments, and not a run."""
     return (
         not (folder / METRICS).exists()
         and (folder / PAGE).is_file()
@@ -33,10 +33,10 @@ def is_collection(folder: Path) -> bool:
 
 
 def write_collection(folder: Path) -> Path:
-    """Write report.html into the folder, a file that needs no other; returns its path.
+    """Write report.html, which needs no other file, into the folder; returns its path.
 
     Raises:
-        DataError: a picture is missing, or lies outside of the folder.
+        DataError: a picture is missing, outside of the folder, or not a PNG file.
         OSError: a file cannot be read or written.
     """
     summary = parse(folder / PAGE)
@@ -55,7 +55,7 @@ def write_collection(folder: Path) -> Path:
 
 
 def parse(page: Path) -> list[Token]:
-    """The blocks of a Markdown file. HTML in it is text."""
+    """The blocks of a Markdown file. HTML in it is treated as text."""
     return markdown().parse(page.read_text(encoding="utf-8"))
 
 
@@ -80,8 +80,8 @@ def starts_with_heading(tokens: Sequence[Token]) -> bool:
 
 
 def in_order(summary: Sequence[Token], folder: Path) -> list[Path]:
-    """The pages of the experiments, in the order in which the summary links to them; those that it
-    does not name come last.
+    """The pages of the experiments, in the order in which the summary links to them; pages without
+    a link come last.
     """
     linked = [
         folder / str(token.attrs["href"]) for token in inline(summary) if token.type == "link_open"
@@ -91,21 +91,21 @@ def in_order(summary: Sequence[Token], folder: Path) -> list[Path]:
 
 
 def inline(tokens: Sequence[Token]) -> Iterator[Token]:
-    """The links, pictures and texts inside of the blocks."""
+    """The links, pictures and texts inside the blocks."""
     for token in tokens:
         yield from token.children or ()
 
 
 def rendered(tokens: Sequence[Token], base: Path, folder: Path, places: dict[Path, str]) -> str:
-    """The blocks as HTML, with pictures inside of it.
+    """The blocks as HTML with embedded pictures.
 
     Args:
-        base: the folder of the page that has them, from which its links start.
-        folder: that of the report.
-        places: the anchor of each page.
+        base: the folder of the page with these blocks, to which its links are relative.
+        folder: the folder of the report.
+        places: the anchor of each page in the report.
 
     Raises:
-        DataError: a picture is missing, or lies outside of `folder`.
+        DataError: as `picture`.
     """
     for token in inline(tokens):
         if token.type == "image":
@@ -120,10 +120,10 @@ def rendered(tokens: Sequence[Token], base: Path, folder: Path, places: dict[Pat
 
 
 def picture(path: Path, folder: Path) -> str:
-    """A PNG file as an address that contains it.
+    """A PNG file as a data URL that contains it.
 
     Raises:
-        DataError: it is missing, lies outside of the folder, or is no PNG file.
+        DataError: the file is missing, outside of the folder, or not a PNG file.
     """
     inside = path.resolve().is_relative_to(folder.resolve())
     if not inside or path.suffix != ".png" or not path.is_file():
@@ -132,8 +132,8 @@ def picture(path: Path, folder: Path) -> str:
 
 
 def target(link: str, base: Path, folder: Path, places: dict[Path, str]) -> str:
-    """Where a link of a page leads in the report: to the page's own part of it, or to the same
-    place as before.
+    """The address of a link in the report: the anchor of a page that the report contains, otherwise
+    the same target as before.
     """
     parts = urlsplit(link)
     if parts.scheme or not parts.path:

@@ -1,4 +1,4 @@
-"""`hybridrl report A B ...`: several runs compared on one page and one picture, both in A."""
+"""`hybridrl report A B ...`: compares several runs on one page and one picture, both in A."""
 
 import math
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ from hybridrl.tracking.console import duration
 from hybridrl.tracking.jsonl import read_metrics
 
 LAST_STEPS = 10
-"""The final number of a metric that every step measures is its mean over this many last steps."""
+"""For a metric of every step, the final number is the mean over this many last steps."""
 PLACES = ("run.dir", "run.seed")
-"""Runs whose other settings are equal are one method with several seeds."""
+"""Runs that differ only in these settings are one method with several seeds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One of the runs to compare."""
+    """One of the runs that are compared."""
 
     name: str  # unique among these runs
     rows: Rows  # of metrics.jsonl, in step order, at least one
@@ -48,7 +48,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Runs that differ in their seed alone, or a single run."""
+    """Runs that differ only in their seed, or a single run."""
 
     name: str
     colour: str
@@ -57,16 +57,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """What is held equal between the runs."""
+    """A horizontal axis: the cost at which the runs are compared."""
 
     name: str  # in the switch of the page
     label: str  # of the horizontal axis
-    metric: str | None  # of a step, which adds up over the steps; None: the step itself
+    metric: str | None  # a metric of each step that is summed over the steps; None: the step itself
 
     def places(self, rows: Rows) -> Float64 | None:
-        """[n] the place of each row; None: the run did not measure it.
+        """[n] the position of each row on the axis; None: the run did not measure the metric.
 
-        Example: train/tokens of 100 and 50 at steps 1 and 2: [100, 150], and 0 of step 0.
+        Example: train/tokens of 100 and 50 at steps 1 and 2: [100, 150], and 0 for step 0.
         """
         if self.metric is None:
             return np.array([row["train/step"] for row in rows], dtype=np.float64)
@@ -74,7 +74,7 @@ class Axis:
         return np.nan_to_num(amounts).cumsum() if np.isfinite(amounts).any() else None
 
     def budget(self, place: float) -> str:
-        """The place in words, e.g. "at step 200"."""
+        """A position in words, e.g. "at step 200"."""
         match self.name:
             case "tokens":
                 return f"at {short_number(place)} tokens"
@@ -145,7 +145,7 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
     """Write comparison.html and comparison.png into the first directory; returns the page's path.
 
     Raises:
-        DataError: a directory holds no metrics, or one of its files is damaged.
+        DataError: a directory has no metrics or is given twice, or one of its files is damaged.
         RunDirectoryError: a file that is read is a link or a special file.
         OSError: a file cannot be read or written.
     """
@@ -177,7 +177,7 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
     """The runs in the given order, each named by the shortest unique end of its path.
 
     Raises:
-        DataError: a directory holds no metrics, or is given twice.
+        DataError: a directory has no metrics, or is given twice.
     """
     runs = []
     for directory, name in zip(run_dirs, short_names(run_dirs), strict=True):
@@ -227,9 +227,9 @@ def flat(tree: Any, key: str = "") -> dict[str, str]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """The runs in groups that differ in their seed alone, in the order of their first runs.
+    """The runs in groups that differ only in their seed, in the order of their first runs.
 
-    A run without settings is a group of its own, since nothing says what it did.
+    A run without saved settings is a group of its own, since its method is not known.
     """
     members: dict[object, list[Run]] = {}
     for run in runs:
@@ -243,7 +243,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def group_name(names: Sequence[str]) -> str:
-    """Example: "a-1" and "a-2" are "a-* (2 seeds)"; a single run has its own name."""
+    """The name of a group of runs with these names.
+
+    Example: "a-* (2 seeds)" for "a-1" and "a-2"; a single run keeps its name.
+    """
     if len(names) == 1:
         return names[0]
     common = ""
@@ -255,7 +258,7 @@ def group_name(names: Sequence[str]) -> str:
 
 
 def metrics_by_set(groups: Sequence[Group]) -> list[Compared]:
-    """The accuracy on each named held-out set that some run has."""
+    """The accuracy on each named held-out set of any run."""
     rows = [row for group in groups for run in group.runs for row in run.rows]
     return [
         Compared(
@@ -294,8 +297,8 @@ def chart_of(metric: Compared, groups: Sequence[Group], axis: Axis) -> Chart | N
 
 
 def mean_curve(group: Group, metric: Compared, axis: Axis) -> Curve | None:
-    """The mean over the runs of a group at each step that all of them measured, with a band from
-    the lowest to the highest; None: there is no such step.
+    """The mean of a metric over the runs of a group at each step at which all of them measured it,
+    with a band from the lowest to the highest value; None: there is no such step.
     """
     by_step = []
     for run in group.runs:
@@ -328,7 +331,9 @@ def mean_curve(group: Group, metric: Compared, axis: Axis) -> Curve | None:
 
 
 def final_numbers(groups: Sequence[Group], metrics: Sequence[Compared]) -> list[list[str]]:
-    """Rows of the table of numbers: a name, then a cell per group; omits what no run measured."""
+    """Rows of the table of numbers: a name, then a cell for each group. Metrics that no run
+    measured are omitted.
+    """
 
     def steps(run: Run) -> float:
         return run.rows[-1]["train/step"]
@@ -347,7 +352,7 @@ def final_numbers(groups: Sequence[Group], metrics: Sequence[Compared]) -> list[
 
 
 def _spread(values: Sequence[float], text: Any) -> str:
-    """The mean of the values of several runs with the lowest and the highest, or the only value."""
+    """The values of several runs as text: mean, lowest and highest, or the only value."""
     if not values:
         return ""
     mean = text(sum(values) / len(values))
@@ -368,8 +373,9 @@ def _final(group: Group, metric: Compared) -> str:
 
 
 def equal_budgets(groups: Sequence[Group], metrics: Sequence[Compared]) -> list[list[str]]:
-    """Rows of the table at equal steps, tokens and seconds: the largest amount that every group
-    with the metric has reached, then its value there in each group; empty for a single group.
+    """Rows of the table at equal steps, tokens and seconds: the metric and the largest amount that
+    every group with the metric has reached, then the metric's value there in each group. Metrics of
+    fewer than two groups are omitted.
     """
     table = []
     for metric in metrics:
@@ -385,8 +391,8 @@ def equal_budgets(groups: Sequence[Group], metrics: Sequence[Compared]) -> list[
 
 
 def _at(curve: Curve, place: float, metric: Compared) -> str:
-    """The value of a curve at a place: between two evaluations on the straight line between them,
-    of a metric that every step measures the mean of the last steps until there.
+    """The value of a curve at a position as text. A metric of evaluations is interpolated linearly
+    between them; for a metric of every step it is the mean over the last steps up to there.
     """
 
     def value(of: Float64) -> float:
@@ -402,7 +408,9 @@ def _at(curve: Curve, place: float, metric: Compared) -> str:
 
 
 def differing_settings(groups: Sequence[Group]) -> list[list[str]]:
-    """Rows of the table of settings, without run.dir: the key, then each group's value or "-"."""
+    """Rows of the table of settings that differ between groups, without run.dir: the key, then
+    each group's values, "-" for a missing one.
+    """
     keys = dict.fromkeys(
         key for g in groups for run in g.runs for key in run.settings if key != "run.dir"
     )

@@ -1,4 +1,4 @@
-"""The diagrams of the report, from rows of metrics."""
+"""The diagrams of the report, made from rows of metrics."""
 
 import math
 import re
@@ -33,7 +33,7 @@ SET_COLOURS = (ORANGE, GREEN, PURPLE, SKY, VERMILION)
 PHASE_COLOURS = dict(
     zip(PHASES, (BLUE, SKY, ORANGE, GREEN, PURPLE, VERMILION, YELLOW), strict=True)
 )
-MAX_BARS = 50  # of the diagram of phases; longer runs have several steps in one bar
+MAX_BARS = 50  # in the diagram of phases; in longer runs a bar stands for several steps
 OF_SET = re.compile(r"eval/(?!accuracy_teacher/|accuracy_source/)([^/]+)/([^/]+)")
 OF_SOURCE = "eval/accuracy_source/"
 
@@ -44,13 +44,13 @@ class Panel:
 
     title: str
     caption: str
-    needs: tuple[str, ...]  # the metrics that it shows; the glossary explains them
+    needs: tuple[str, ...]  # the metrics that it shows and the page explains
     draw: Callable[[Rows], Drawing]
-    hide_zero: bool = False  # also omit it if all values are 0
+    hide_zero: bool = False  # omit the diagram also if all values are 0
 
 
 def charts_of(rows: Rows) -> list[Chart]:
-    """The diagrams for which this run has numbers; the rows must be in step order."""
+    """The diagrams for which a run has numbers; the rows must be in step order."""
     charts = []
     for panel in PANELS:
         drawing = panel.draw(rows)
@@ -79,10 +79,11 @@ def teacher_levels(rows: Rows) -> dict[str, float]:
 def metrics_of_sets(rows: Rows, metric: str) -> dict[str, str]:
     """The key of a metric of each named held-out set, by the set's name.
 
-    Example: ("accuracy") of rows with eval/hard/accuracy: {"hard": "eval/hard/accuracy"}.
+    Example: metrics_of_sets(rows, "accuracy") == {"hard": "eval/hard/accuracy"} for rows that have
+    this metric.
 
     Args:
-        metric: a regular expression of the last part of the key.
+        metric: a regular expression for the last part of the key.
     """
     matches = {key: OF_SET.fullmatch(key) for row in rows for key in row}
     found = {key: match for key, match in matches.items() if match}
@@ -100,10 +101,10 @@ def curve(
     marked: bool = False,
     error: str | None = None,
 ) -> tuple[Curve, ...]:
-    """The curve of a metric over steps; none if it was not measured.
+    """The curve of a metric over steps; empty if it was not measured.
 
     Args:
-        error: the metric that is the half width of its band; None: it has no band.
+        error: the metric with the half width of the band; None: there is no band.
     """
     steps, values = series(rows, key)
     if not values.size:
@@ -140,8 +141,8 @@ def of_sets(rows: Rows, metric: str) -> tuple[Curve, ...]:
 
 
 def of_sources(rows: Rows, colours: Iterator[str]) -> tuple[Curve, ...]:
-    """The curve of the held-out problems of each of data.sources, dashed: they are a part of those
-    of the student's curve.
+    """The accuracy curve of each of data.sources. They are dashed, because their problems are a
+    part of those of the student's curve.
     """
     keys = sorted({key for row in rows for key in row if key.startswith(OF_SOURCE)})
     return tuple(
@@ -208,7 +209,7 @@ def _gradients(rows: Rows) -> Drawing:
 
 
 def _sparse_part(rows: Rows) -> str:
-    """The source of the sparse part of the gradient in this run."""
+    """What the sparse part of the gradient learns from in this run, in words."""
     if series(rows, "pair/loss")[1].size:
         return "ranked pairs"
     parts = []
@@ -239,7 +240,7 @@ def _pair_accuracy(rows: Rows) -> Drawing:
 
 
 def _pass_at(rows: Rows) -> Drawing:
-    """pass@k of the largest k of each set: eval/<set>/pass_at_<k>."""
+    """pass@k of each set, eval/<set>/pass_at_<k>, for the largest k."""
     keys = [m for row in rows for key in row if (m := OF_SET.fullmatch(key))]
     largest: dict[str, int] = {}
     for match in keys:

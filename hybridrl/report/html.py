@@ -1,4 +1,4 @@
-"""The HTML of the report: one file that needs no other; text of models and users is escaped."""
+"""The HTML of the report, one file that needs no other; text of models and users is escaped."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from hybridrl.tracking.glossary import explain
 from hybridrl.types import FinishReason, Sample, TokenSample
 
 FULL_COLOUR = 3.0
-"""The difference of log-probs, in nats, from which a token has the full colour."""
+"""The difference of log-probs, in nats, at and above which a token has the full colour."""
 STYLE = """
 :root { --ink: #1f2430; --soft: #5b6472; --line: #e3e6eb; --wash: #f6f7f9; --blue: #0072b2;
   --orange: #b45309; }
@@ -120,14 +120,15 @@ def render(
 
     Args:
         warning: symptoms of steps that went wrong; None: there are none.
-        sentences: the summary.
+        sentences: of the summary.
         figures: (number, its meaning) of each key figure.
         curves: the diagrams.
         setup: (setting, value) of the most important settings.
         evaluations: samples of the first and of the last evaluation, the same ones twice if there
             was only one; empty: there are no samples.
-        weights: of the reward functions, by their names.
-        token_samples: of each step that has some; those of the first and the last are shown.
+        weights: the weight of each reward function, by its name.
+        token_samples: for each step with token samples, these; the first and the last step are
+            shown.
         config_text: the content of config.yaml.
     """
     parts = [
@@ -187,10 +188,10 @@ def render_comparison(
 
     Args:
         names: of the groups of runs.
-        views: the same metrics over each horizontal axis, one of which is shown at a time.
-        seeds: the runs of the largest group.
+        views: the same metrics over each horizontal axis; the page shows one at a time.
+        seeds: the number of runs in the largest group.
         numbers: rows of a table: a name, then a cell for each group.
-        budgets: likewise, at equal steps, tokens and seconds.
+        budgets: rows of a table at equal steps, tokens and seconds, in the same form.
         settings: rows of a table: the key of a setting, then a cell for each group.
     """
     band = (
@@ -219,7 +220,7 @@ def render_comparison(
 
 
 def _switch(views: Sequence[View]) -> str:
-    """The choice of the horizontal axis, which works without the script."""
+    """The radio buttons for the horizontal axis, which work without the script."""
     options = "".join(
         f'<label><input type="radio" name="axis" id="by-{view.name}"'
         f"{' checked' if number == 0 else ''}> {view.name}</label>"
@@ -261,7 +262,7 @@ def _plot(chart: Chart) -> str:
 
 
 def _legend(chart: Chart) -> str:
-    """Each curve with its colour, and its first and last value."""
+    """The legend: curves with their colours and first and last values, and layers of bars."""
     unit = chart.drawing.unit
     items = []
     for curve in chart.drawing.curves:
@@ -279,7 +280,7 @@ def _legend(chart: Chart) -> str:
 
 
 def _keys(chart: Chart) -> str:
-    """The meanings of the metrics of a diagram, folded, for the place below it."""
+    """The meanings of the metrics of a diagram in a folded section; empty if none is known."""
     metrics = [(key, explain(key)) for key in chart.metrics]
     meanings = "".join(
         f"<dt><code>{escape(k)}</code></dt><dd>{escape(f'{m.formula} - {m.reading}')}</dd>"
@@ -292,7 +293,7 @@ def _keys(chart: Chart) -> str:
 
 
 def _samples(first: Sequence[Sample], last: Sequence[Sample], weights: Mapping[str, float]) -> str:
-    """A table with a problem per row: its answers in the first and the last evaluation.
+    """A table with a row for each problem: its answers in the first and the last evaluation.
 
     The problems whose answers changed most come first.
     """
@@ -319,7 +320,7 @@ def _samples(first: Sequence[Sample], last: Sequence[Sample], weights: Mapping[s
 
 
 def _tokens(steps: Sequence[Sequence[TokenSample]]) -> str:
-    """Responses whose tokens are coloured, of the first and the last step that has some."""
+    """The section of responses with coloured tokens, those of the first and of the last step."""
     shown = [steps[0], steps[-1]] if steps[0][0].step != steps[-1][0].step else [steps[0]]
     columns = "".join(
         f"<div><h3>Step {rows[0].step}</h3>{''.join(map(_coloured, rows))}</div>" for rows in shown
@@ -339,7 +340,7 @@ def _tokens(steps: Sequence[Sequence[TokenSample]]) -> str:
 
 
 def _coloured(sample: TokenSample) -> str:
-    """A response with its prompt; each token has its colour, and its number as a hint."""
+    """A response with its prompt; each token has a colour, and its number as a tooltip."""
     tokens = "".join(
         f'<span style="background:{token_colour(ratio)}" title="{escape(_hint(token, ratio))}">'
         f"{escape(_visible(token))}</span>"
@@ -355,7 +356,7 @@ def _coloured(sample: TokenSample) -> str:
 
 
 def _visible(token: str) -> str:
-    """A token as text of which something is seen, also where it is a line break."""
+    """A token as visible text, even if it is empty or a line break."""
     return token.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n") or "\N{EMPTY SET}"
 
 
@@ -365,7 +366,8 @@ def _hint(token: str, ratio: float) -> str:
 
 
 def token_colour(ratio: float) -> str:
-    """Orange above 0, blue below, full at FULL_COLOUR nats; grey: not finite.
+    """The colour of a difference of log-probs: orange above 0, blue below, full at FULL_COLOUR
+    nats; grey if it is not finite.
 
     Example: 0 is "rgb(0 0 0 / 0%)", 1.5 of 3 nats is "rgb(213 94 0 / 35%)".
     """
@@ -387,7 +389,7 @@ def _change(answers: Sequence[Sample | None]) -> tuple[float, bool]:
 
 
 def _problem(sample: Sample) -> str:
-    """The question as text, and the reference answer if the data has one."""
+    """The question as text, with the reference answer if the data has one."""
     reference = (
         f'<div class="mark">reference answer</div><pre>{escape(sample.answer)}</pre>'
         if sample.answer is not None
@@ -397,10 +399,10 @@ def _problem(sample: Sample) -> str:
 
 
 def _marks(sample: Sample, weights: Mapping[str, float]) -> tuple[float, float]:
-    """What a response got of the reward functions that apply to it, and what a right one would get.
+    """The reward of a response from the functions that apply to it, and that of a right response.
 
-    Without one that has a weight, the first of them counts; in files without the values of the
-    functions, all apply.
+    If the weights of these functions are all 0, the first function counts. In files without the
+    values of the functions, all are taken to apply.
     """
     applied = [name for name, value in sample.parts.items() if math.isfinite(value)]
     full = sum(weights.get(name, 1.0) for name in applied or weights)
@@ -413,7 +415,7 @@ def _answer(sample: Sample | None, weights: Mapping[str, float], scored: bool) -
     """A table cell with a response and its verdict.
 
     Args:
-        scored: some response of the table has a reward; otherwise there are no verdicts.
+        scored: whether any response of the table has a reward; if not, there are no verdicts.
     """
     if sample is None:
         return "<td></td>"

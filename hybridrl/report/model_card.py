@@ -1,4 +1,4 @@
-"""README.md of an exported model: the card that the Hugging Face hub shows, made from the run."""
+"""Writes README.md of an exported model, the model card that the Hugging Face hub shows."""
 
 import platform
 import subprocess
@@ -55,7 +55,7 @@ class RunCard:
     step: int
     adapter: bool
     rows: Rows
-    """the metrics up to `step`, in step order; empty: the run's metrics are not at hand"""
+    """the metrics up to `step`, in step order; empty: the run's metrics are not available"""
 
     @classmethod
     def of(cls, run_dir: Path, settings: RunSettings, *, step: int, adapter: bool) -> "RunCard":
@@ -63,8 +63,8 @@ class RunCard:
 
         Raises:
             DataError: metrics.jsonl is damaged before the end of that step.
-            RunDirectoryError: it is a link or a special file.
-            OSError: it cannot be read.
+            RunDirectoryError: metrics.jsonl is a link or a special file.
+            OSError: metrics.jsonl cannot be read.
         """
         rows = sorted(read_metrics(run_dir, through=step), key=lambda row: row["train/step"])
         return cls(settings=settings, step=step, adapter=adapter, rows=rows)
@@ -73,8 +73,8 @@ class RunCard:
         """Write README.md, and curves.png if the run has metrics, into the folder of the export.
 
         Args:
-            name: of the model, as it will be loaded: OWNER/NAME on the hub, or the folder's name.
-            licence: of the model that training started from, as the hub spells it; None: unknown.
+            name: by which the model will be loaded: OWNER/NAME on the hub, or the folder's name.
+            licence: of the model that training started from, in the hub's spelling; None: unknown.
 
         Raises:
             OSError: a file cannot be written.
@@ -105,9 +105,7 @@ class RunCard:
         return text.replace(home, "~") if len(home) > 1 else text
 
     def _front_matter(self, licence: str | None) -> ModelCardData:
-        """The fields that the hub reads. A model or data set that is not on the hub has no name
-        there, so it is left out.
-        """
+        """The fields that the hub reads, without models and data sets that are not on the hub."""
         base = self.settings.model.path
         on_hub = is_hub_name(base)
         relation = "adapter" if self.adapter else "finetune"
@@ -145,7 +143,7 @@ class RunCard:
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a model's path is a name on the hub, rather than a folder that this machine lacks."""
+    """Whether a model's path is the name of a model on the hub; a missing folder is not."""
     try:
         validate_repo_id(path)
     except HFValidationError:
@@ -154,7 +152,7 @@ def is_hub_name(path: str) -> bool:
 
 
 def _results(facts: Facts, rows: Rows) -> Iterator[str]:
-    """Rows of the table of results: what was measured before training and last."""
+    """Rows of the table of results: the first and the last measurements."""
     steps, _ = series(rows, "eval/accuracy")
     if facts.before is not None:
         before = with_error(facts.before, facts.before_stderr)
@@ -172,7 +170,7 @@ def _results(facts: Facts, rows: Rows) -> Iterator[str]:
 
 
 def _usage(name: str, settings: RunSettings, adapter: bool) -> str:
-    """How the model is loaded."""
+    """The section with the code that loads the model."""
     if adapter:
         base = settings.model.path
         code = (
@@ -193,8 +191,8 @@ def _usage(name: str, settings: RunSettings, adapter: bool) -> str:
 
 
 def _training(tree: dict[str, Any], settings: RunSettings) -> str:
-    """The setup as a table, the settings that have an effect on what is learned and are not the
-    defaults, and all settings, folded.
+    """The section with a table of the setup, the settings that affect what is learned and differ
+    from the defaults, and, folded, all settings.
     """
     setup = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in describe_setup(tree))
     changed = "\n".join(f"{key}={value}" for key, value in learning_overrides(settings))
@@ -226,7 +224,7 @@ def learning_overrides(settings: RunSettings) -> list[tuple[str, str]]:
 
 
 def _cell(text: str) -> str:
-    """Text that stays inside of its cell of a table."""
+    """Text escaped for a cell of a Markdown table."""
     return " ".join(text.replace("|", "\\|").split())
 
 
@@ -239,7 +237,7 @@ def _fenced(text: str, language: str) -> str:
 
 
 def _versions() -> str:
-    """The versions with which the card was written."""
+    """The section with the versions with which the card was written."""
     parts = [f"hybridrl {__version__}{_commit()}", f"Python {platform.python_version()}"]
     parts += [f"{name} {found}" for name, found in _installed(LIBRARIES)]
     return f"## Versions\n\nExported with {', '.join(parts)}."
@@ -254,7 +252,7 @@ def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _commit() -> str:
-    """The git commit of hybridrl in parentheses; empty if it was not installed from a checkout."""
+    """The git commit of hybridrl in parentheses; empty if hybridrl is not in a git checkout."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -265,7 +263,7 @@ def _commit() -> str:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else it is another checkout
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails in another project's one
         commit = git("rev-parse", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Several diagrams in one picture, for report.png and the model card."""
+"""Draws several diagrams as one picture, for report.png and the model card."""
 
 import io
 import math
@@ -88,7 +88,7 @@ def draw_chart(axes: Axes, chart: Chart) -> None:
             fontweight="bold",
         )
     low, high = drawing.y_range()
-    # Room for the legend of the bars, and for the values beside the points.
+    # Leave space for the legend of the bars, and for the values beside the points.
     axes.set_ylim(
         low - (0.15 * (high - low) if any(c.ends for c in drawing.curves) else 0.0),
         1.15 * high if drawing.bars else high,
@@ -149,7 +149,9 @@ def _style_axes(axes: Axes, chart: Chart) -> None:
 
 
 def _shown(label: str) -> str:
-    """Matplotlib's legend omits labels that begin with an underscore."""
+    """The label with a space before a leading underscore, since matplotlib's legend omits labels
+    that begin with one.
+    """
     return f" {label}" if label.startswith("_") else label
 
 
@@ -165,7 +167,7 @@ def _legend(axes: Axes, *, many: bool) -> None:
 
 
 def _png(figure: Figure, dpi: int) -> bytes:
-    """The figure as PNG bytes, its texts without mathematics and control characters."""
+    """The figure as PNG bytes; its texts have no formulas and no control characters."""
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)  # a $ in a name does not begin a formula
@@ -177,5 +179,5 @@ def _png(figure: Figure, dpi: int) -> bytes:
 
 
 def printable(text: str) -> str:
-    """The text with line breaks and characters that no font has (e.g. control ones) escaped."""
+    """The text with unprintable characters escaped, such as line breaks and control characters."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,4 +1,6 @@
-"""`hybridrl report DIR`: one run, finished or not, as a page and a picture in its directory."""
+"""`hybridrl report DIR`: writes a page and a picture of one run, finished or not, into its
+directory.
+"""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ class Facts:
 
     steps: int
     before: float | None  # held-out accuracy of the first evaluation
-    after: float | None  # of the last one; None when there was only one
+    after: float | None  # of the last evaluation; None if there was only one
     before_stderr: float  # standard errors over problems; NaN: not measured
     after_stderr: float
     teacher: tuple[str, float] | None  # the best teacher and its accuracy
@@ -75,7 +77,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def measure(rows: Rows) -> Facts:
-    """The facts in rows of metrics, which must be in step order; at least one row."""
+    """The facts of at least one row of metrics; the rows must be in step order."""
     evaluated, accuracy = series(rows, "eval/accuracy")
     stderr = {row["train/step"]: row.get("eval/accuracy_stderr", math.nan) for row in rows}
     before = float(accuracy[0]) if accuracy.size else None
@@ -145,14 +147,14 @@ def summarize(facts: Facts, config: dict[str, Any]) -> list[str]:
 
 
 def _held_out(config: dict[str, Any]) -> str:
-    """Example: "512", "24 of each source"."""
+    """The number of held-out problems in words, e.g. "512" or "24 of each source"."""
     number = str(_get(config, "data.num_heldout") or "")
     return f"{number} of each source" if number and _get(config, "data.sources") else number
 
 
 def _task(config: dict[str, Any]) -> str:
-    """The source of the prompts: the name of the file, or of the generator of problems; or the
-    names of data.sources with their shares.
+    """The source of the prompts in words: the name of the file or of the generator of problems, or
+    the names of data.sources with their shares.
     """
     if sources := _get(config, "data.sources"):
         weights = {name: float(source.get("weight") or 1) for name, source in sources.items()}
@@ -166,7 +168,9 @@ def _task(config: dict[str, Any]) -> str:
 
 
 def _rewards(config: dict[str, Any], *, counted: bool) -> list[str]:
-    """Names of the reward functions that contribute to the gradient, or of those that do not."""
+    """Names of the reward functions that contribute to the gradient, or, if not `counted`, of those
+    that do not.
+    """
     functions = _get(config, "reward.functions") or {}
     ranks_own_pairs = _is_pairs(config) and not _get(config, "algorithm.data_fraction")
     used = ranks_own_pairs or not _is_zero(_get(config, "algorithm.reward_weight"))
@@ -182,7 +186,7 @@ def _is_pairs(config: dict[str, Any]) -> bool:
 
 
 def _goal(config: dict[str, Any]) -> str:
-    """The goals of the training, as a clause that begins with a blank; empty if unknown."""
+    """The goals of the training, as a clause that begins with a space; empty if unknown."""
     goals = [_pair_goal(config), *_likelihood_goals(config), _imitation_goal(config)]
     if not _is_pairs(config) and (rewards := _rewards(config, counted=True)):
         goals.append(f"earn the reward of its own answers ({', '.join(rewards)})")
@@ -359,7 +363,7 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _arithmetic(config: dict[str, Any]) -> str:
-    """The dtype of the student, and of its matrix products where that is another one."""
+    """The dtype of the student, and that of its matrix products if it differs."""
     dtype = str(_get(config, "model.dtype") or "")
     wide = dtype == "bfloat16" and _get(config, "train.products") == "float32"
     return f"{dtype}, products in float32 on CPUs" if wide else dtype

@@ -1,4 +1,4 @@
-"""Reads config.yaml for the report. It may be of another version, or edited by hand."""
+"""Reads config.yaml for the report. The file may be of another version, or edited by hand."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ SHAPE = {
     },
     "data": {"path": TEXT, "sources": {ANY: {"weight": NUMBER}}},
 }
-"""The types of the settings that the report reads; all other settings are only shown."""
+"""The types of settings that the report interprets; ANY stands for every name."""
 
 
 def read_config(run_dir: Path) -> tuple[dict[str, Any], str]:
@@ -51,7 +51,8 @@ def read_config(run_dir: Path) -> tuple[dict[str, Any], str]:
 
 
 def check_shape(value: Any, shape: Any, key: str = "") -> None:
-    """Compare the types of nested settings with a shape; missing ones and null sections are fine.
+    """Compare the types of nested settings with a shape; missing settings and null sections are
+    allowed.
 
     Raises:
         ConfigError: names the first value of another type.

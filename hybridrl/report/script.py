@@ -1,4 +1,4 @@
-"""The script of the page: the values under the pointer. All else is in the page itself."""
+"""The script of the page, which shows the values under the pointer. The page works without it."""
 
 SCRIPT = """
 'use strict';

@@ -1,4 +1,5 @@
-"""A diagram as SVG for the page, with the values that its script shows under the pointer.
+"""Draws a diagram as SVG for the page, with the values that the page's script shows under the
+pointer.
 
 The SVG alone has axes, curves and labels; without the script only the values at each point are
 missing.
@@ -21,11 +22,13 @@ RIGHT = 14
 TOP = 14
 BOTTOM = 46
 MOST_POINTS = 1000
-"""Of a curve on the page; those of longer curves are means of neighbouring values."""
+"""Largest number of points of a curve on the page; points of longer curves are means of
+neighbouring values.
+"""
 
 
 class Frame:
-    """From values to places in the SVG, in its own units."""
+    """Converts values to coordinates of the SVG."""
 
     def __init__(self, drawing: Drawing) -> None:
         self.left, self.right = drawing.x_range()
@@ -59,7 +62,7 @@ class Frame:
 
 
 def draw(chart: Chart) -> str:
-    """The diagram as an SVG element, and its values as JSON in a script element that does nothing.
+    """The diagram as an SVG element, followed by a script element with its values as JSON.
 
     Labels are escaped, so they may be text of users.
     """
@@ -77,7 +80,7 @@ def draw(chart: Chart) -> str:
 
 
 def spoken(chart: Chart) -> str:
-    """The diagram in a sentence, for readers who do not see it."""
+    """A sentence that describes the diagram, for screen readers."""
     unit = chart.drawing.unit
     curves = [
         f"{curve.label} from {unit.text(curve.y[0])} to {unit.text(curve.y[-1])}"
@@ -94,7 +97,7 @@ def shortened(drawing: Drawing) -> Drawing:
 
 
 def neighbours(drawing: Drawing) -> int:
-    """How many values a point of the longest curve is the mean of."""
+    """The number of values whose mean is a point of the longest curve."""
     longest = max((len(curve.x) for curve in drawing.curves), default=0)
     return max(math.ceil(longest / MOST_POINTS), 1)
 
@@ -140,7 +143,7 @@ def _axes(chart: Chart, frame: Frame) -> str:
 
 
 def short_number(value: float) -> str:
-    """Example: 2500 is "2,500", 120000 is "120k", 3400000 is "3.4M"."""
+    """A number as short text. Example: 2500 is "2,500", 120000 is "120k", 3400000 is "3.4M"."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 10 * size or (letter != "k" and abs(value) >= size):
             return f"{value / size:,.4g}{letter}"
@@ -177,7 +180,7 @@ def _levels(drawing: Drawing, frame: Frame) -> str:
 
 
 def _band(curve: Curve, frame: Frame) -> str:
-    """The band, over the stretches where it is known."""
+    """The band around a curve, over the parts where its edges are finite."""
     if curve.low is None or curve.high is None:
         return ""
     known = np.isfinite(curve.low) & np.isfinite(curve.high)
@@ -213,7 +216,7 @@ def _line(x: Float64, y: Float64, frame: Frame, attributes: str) -> str:
 
 
 def _ends(curve: Curve, drawing: Drawing, frame: Frame) -> str:
-    """The first and the last value, each at the side of its point where no curve is."""
+    """The first and the last value as text, below their points or, near the axis, above them."""
     parts = []
     last = len(curve.x) - 1
     for at, anchor in {0: "start", last: "start" if last == 0 else "end"}.items():
@@ -227,7 +230,7 @@ def _ends(curve: Curve, drawing: Drawing, frame: Frame) -> str:
 
 
 def _values(drawing: Drawing, frame: Frame, x_label: str) -> str:
-    """The values by which the script answers the pointer, as JSON without any "<"."""
+    """The values that the script shows under the pointer, as JSON without any "<"."""
     lines = [(c.label, c.colour, c.x, c.y, c.low, c.high) for c in drawing.curves]
     lines += [(b.label, b.colour, b.x, b.heights, None, None) for b in drawing.bars]
     values = {
