@@ -1,1 +1,1 @@
-"""Where the metrics of a step go, and what each of them means."""
+"""The metrics of a run: their meanings, and the sinks that record them."""

@@ -1,4 +1,6 @@
-"""What a run prints: a live display on a terminal, plain lines elsewhere, all of them in a file."""
+"""The output of a run: a live display on a terminal, plain lines elsewhere, and a file with every
+line.
+"""
 
 import logging
 import math
@@ -29,12 +31,12 @@ from hybridrl.tracking.symptoms import Watch, watch
 from hybridrl.types import RunInfo, Sample
 
 LOG = Path("logs") / "console.log"
-"""Within the run directory: every line, also those that were not printed."""
+"""The file in the run directory with every line, printed or not."""
 TEACHER = "eval/accuracy_teacher/"
 NOT_SETS = ("accuracy_teacher", "accuracy_source")
-"""What stands in the place of a set's name in metrics of a teacher or a data source."""
+"""Words at the position of a set's name in metrics of a teacher or a data source."""
 ABOVE_ZERO = ("engine/rollout/waiting", "engine/rollout/preemptions")
-"""Shown where it is not 0."""
+"""Metrics that are shown only if they are above 0."""
 PHASES = ("rollout", "score", "reward", "learn", "sync", "eval", "save")
 
 log = logging.getLogger(__name__)
@@ -43,19 +45,19 @@ log = logging.getLogger(__name__)
 class ConsoleSink:
     """Prints progress to a text stream, with Rich's live display only if that is a terminal.
 
-    Elsewhere it prints the first step, the last one, and between them one step in `every_s`
+    Elsewhere it prints the first and the last step, and between them one step every `every_s`
     seconds. Notices, warnings and evaluations are always printed. logs/console.log has every line
     of every step, with the time.
 
-    Example of the plain lines, as under `ray job logs`; the first is one line:
+    Example of plain lines, as `ray job logs` shows them; the first two rows are one line:
         step  40/200  reward 0.412  KL/token 0.0312  lambda 1.00  cut off 3.1 %  grad norm 0.83
             lr 5.0e-04  tok/s 8,123  KV cache 61 %  4.2 s (rollout 2.1, learn 1.2)  11 min 3 s left
         step 40  eval accuracy 51.2 % (teacher 74.0 %, start 33.1 %)
 
     Args:
-        stream: where to print; None: sys.stdout, as it is when `start` is called.
-        every_s: 0: each step is printed.
-        clock: seconds from an arbitrary beginning.
+        stream: where to print; None: the sys.stdout of the time when `start` is called.
+        every_s: seconds between two printed steps; 0: each step is printed.
+        clock: returns seconds since an arbitrary time.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class ConsoleSink:
         self._stream = stream
         self._every_s = every_s
         self._clock = clock
-        self._printed = -math.inf  # when the last line of a step was printed
+        self._printed = -math.inf  # the time when a step was last printed
         self._file: TextIO | None = None  # logs/console.log
         self._live: Live | None = None
         self._progress: Progress | None = None
@@ -78,11 +80,11 @@ class ConsoleSink:
         self._accuracy: float | None = None  # of the last evaluation
         self._total = 0
         self._first = 0
-        self._began: float | None = None  # when the first step of this process was logged
+        self._began: float | None = None  # the time when this process logged its first step
         self._watch = Watch()
 
     def start(self, info: RunInfo) -> None:
-        again = self._total > 0  # the run goes back to a checkpoint
+        again = self._total > 0  # this call continues the run from a checkpoint
         self._stream = self._stream or sys.stdout
         self._open_log(Path(info.run_dir) / LOG)
         self._total = info.total_steps
@@ -127,7 +129,7 @@ class ConsoleSink:
             log.warning("%s: cannot be opened (%s); lines are only printed", path, error.strerror)
 
     def _record(self, text: str) -> None:
-        """Append a line to the file. A run does not end because its disk is full."""
+        """Append a line to the file. An error, e.g. a full disk, does not end the run."""
         if self._file is None:
             return
         try:
@@ -194,7 +196,9 @@ class ConsoleSink:
         self._live.start()
 
     def _remember_levels(self, metrics: Mapping[str, float]) -> None:
-        """Store what evaluations are compared with: the first accuracy and the teachers'."""
+        """Store the values with which evaluations are compared: those before training, and the
+        teachers' accuracies.
+        """
         if metrics["train/step"] == 0:
             self._start_accuracy = metrics.get("eval/accuracy")
             self._start_loss = metrics.get("eval/loss")
@@ -217,7 +221,7 @@ class ConsoleSink:
         return "  ".join(parts)
 
     def _pace(self, step: int, metrics: Mapping[str, float]) -> float:
-        """Seconds per step: with evaluations and checkpoints, without the start of the workers."""
+        """Seconds per step, including evaluations and checkpoints, without the workers' start."""
         if self._began is None:
             self._began = self._clock()
             self._first = step
@@ -301,7 +305,7 @@ def _columns(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         ("engine/rollout/preemptions", "preempted", "{:.0f}"),
     )
     shown = [entry for entry in formats if entry[0] in metrics]
-    if "reward/mean" not in metrics:  # without a reward, its weight means nothing
+    if "reward/mean" not in metrics:  # without a reward, its weight has no meaning
         shown = [entry for entry in shown if entry[0] != "schedule/lambda"]
     shown = [e for e in shown if e[0] not in ABOVE_ZERO or metrics[e[0]] > 0]
     if "pair/loss" in metrics:  # nll/token would average chosen and rejected responses
@@ -315,8 +319,8 @@ def _phases(metrics: Mapping[str, float]) -> str:
 
 
 def _status(metrics: Mapping[str, float], accuracy: float | None) -> Group:
-    """The lower part of the live display: the numbers of the last row under their names, and below
-    them the seconds of the phases, the reward of each function and the state of the workers.
+    """The lower part of the live display: the numbers of the last row below their names, then the
+    seconds of the phases, the reward of each function and the state of the engines.
     """
     cells = _columns(metrics)
     if accuracy is not None:

@@ -1,4 +1,4 @@
-"""The meaning of every metric; metrics_page.py makes METRICS.md of it."""
+"""The meaning of every metric, from which metrics_page.py generates METRICS.md."""
 
 from hybridrl.tracking.held_out_metrics import HELD_OUT
 from hybridrl.tracking.machine_metrics import OF_WORKERS
@@ -460,6 +460,6 @@ SECTIONS = (
 
 
 def explain(key: str) -> Metric | None:
-    """The entry for a key of a row, the most specific one; None: the key is unknown."""
+    """The most specific entry for a key of a row; None: the key is unknown."""
     matches = [metric for part in SECTIONS for metric in part.metrics if metric.covers(key)]
     return min(matches, key=lambda metric: metric.key.count("<"), default=None)

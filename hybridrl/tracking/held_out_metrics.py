@@ -1,4 +1,4 @@
-"""The meaning of the metrics of evaluations; glossary.py has all others."""
+"""The meaning of the metrics of evaluations; glossary.py combines all metrics."""
 
 from hybridrl.tracking.metric import section
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples/step_NNNNNN.jsonl, the run's own record: writing and reading them."""
+"""Writes and reads the run's own record: metrics.jsonl and samples/step_NNNNNN.jsonl."""
 
 import json
 import math
@@ -21,7 +21,7 @@ TOKENS_FILE = re.compile(r"tokens_(\d{6,18})\.jsonl", re.ASCII)
 def read_metrics(run_dir: str | Path, through: int | None = None) -> list[dict[str, float]]:
     """Every row of a run's metrics.jsonl, oldest first; empty if there is no such file.
 
-    null is read as NaN. An incomplete last line, as a killed run may write it, is ignored.
+    null is read as NaN. An incomplete last line, which a killed run may leave, is ignored.
 
     Args:
         through: return only rows up to this step, and ignore damage after them. None: all rows.
@@ -51,10 +51,11 @@ def read_samples(run_dir: str | Path) -> list[list[Sample]]:
 
 
 def read_token_samples(run_dir: str | Path) -> list[list[TokenSample]]:
-    """The saved responses with their tokens, of every step that has some, oldest first.
+    """The saved responses with log-ratios of their tokens, for every step that has some, oldest
+    first.
 
     Raises:
-        DataError: a line of a file is no such response.
+        DataError: a line of a file is not such a response.
         RunDirectoryError: a file is a link or a special file.
         OSError: a file cannot be read.
     """
@@ -65,7 +66,9 @@ def read_token_samples(run_dir: str | Path) -> list[list[TokenSample]]:
 
 
 def write_token_samples(run_dir: Path, rows: Sequence[TokenSample]) -> None:
-    """Write samples/tokens_NNNNNN.jsonl of their step; without rows nothing is written."""
+    """Write samples/tokens_NNNNNN.jsonl, NNNNNN being the step of the rows; without rows, write
+    nothing.
+    """
     if rows:
         (run_dir / SAMPLES).mkdir(parents=True, exist_ok=True)
         path = run_dir / SAMPLES / f"tokens_{rows[0].step:06d}.jsonl"
@@ -73,7 +76,7 @@ def write_token_samples(run_dir: Path, rows: Sequence[TokenSample]) -> None:
 
 
 def samples_files(run_dir: Path, pattern: re.Pattern[str] = SAMPLES_FILE) -> list[tuple[int, Path]]:
-    """(step, file) of every evaluation, oldest first; files with other names are ignored."""
+    """(step, file) of every file of samples that matches `pattern`, oldest first."""
     paths = [(pattern.fullmatch(path.name), path) for path in entries(run_dir / SAMPLES)]
     return sorted((int(match[1]), path) for match, path in paths if match)
 
@@ -89,7 +92,11 @@ def _row(value: Any) -> dict[str, float]:
 
 
 def _number(value: Any, key: str) -> float:
-    """A number; NaN for null."""
+    """The value as a number; NaN for null.
+
+    Raises:
+        ValueError: the value is not a number, or an integer that is too large.
+    """
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -151,8 +158,8 @@ def _token_sample(value: Any) -> TokenSample:
 class JsonlSink:
     """Appends one JSON object per line, and syncs each row to disk.
 
-    A killed run therefore loses no finished row. A resumed run first removes the rows after its
-    checkpoint, so the file holds each step exactly once.
+    So a killed run loses no finished row. A resumed run first removes the rows after its
+    checkpoint, so the file contains each step exactly once.
     """
 
     def __init__(self) -> None:
@@ -160,11 +167,11 @@ class JsonlSink:
         self._file: Appender | None = None
 
     def start(self, info: RunInfo) -> None:
-        """Open the files of info.run_dir, without the rows and samples after info.first_step.
+        """Open the metrics file of info.run_dir, and remove rows and samples after info.first_step.
 
         Raises:
             DataError: the metrics file is damaged before the end of that step.
-            OSError: the file cannot be read (it is then unchanged) or cannot be written.
+            OSError: the file cannot be read, in which case it is unchanged, or cannot be written.
         """
         self.close(0)
         self._dir = Path(info.run_dir)
@@ -179,7 +186,11 @@ class JsonlSink:
         self._file = Appender(metrics)
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Raises: RunDirectoryError: the file or its directory was removed, moved or replaced."""
+        """Append a row and sync it to disk.
+
+        Raises:
+            RunDirectoryError: the file or its directory was removed, moved or replaced.
+        """
         assert self._file is not None, "log before start"
         self._file.check()
         row = {
@@ -208,7 +219,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON can hold: numpy scalars become float, NaN and infinity become None."""
+    """The value in types of JSON: numpy scalars become float, NaN and infinity become None."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     if value is None or isinstance(value, str | int):

@@ -1,10 +1,11 @@
-"""The meaning of the metrics of workers, times and bytes; glossary.py has all others."""
+"""The meaning of the metrics of workers, times and bytes; glossary.py combines all metrics."""
 
 from hybridrl.tracking.metric import section
 
 OF_THE_MACHINE = ("time/", "perf/", "memory/", "engine/")
-"""How the keys begin of metrics that differ between two equal runs, as they depend on the machine
-and on what else it does."""
+"""Prefixes of the metrics that differ between two equal runs, because they depend on the machine
+and its load.
+"""
 
 OF_WORKERS = (
     section(

@@ -1,4 +1,4 @@
-"""What the glossary says of one metric, and of metrics that belong together."""
+"""The entries of the glossary: metrics, and sections of metrics that belong together."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One key of metrics.jsonl, or all keys of one form: <name> matches anything but a slash."""
+    """The entry of one key of metrics.jsonl, or of all keys of one form, in which <name> stands for
+    any text without a slash.
+    """
 
     key: str
     formula: str
@@ -15,11 +17,13 @@ class Metric:
 
     @property
     def pattern(self) -> str:
-        """A regular expression of its keys. Example: reward/[^/]+/mean of reward/<name>/mean."""
+        """A regular expression for its keys, e.g. reward/[^/]+/mean for reward/<name>/mean."""
         return "[^/]+".join(map(re.escape, re.split(r"<\w+>", self.key)))
 
     def covers(self, key: str) -> bool:
-        """Example: the metric reward/<name>/mean covers reward/countdown/mean."""
+        """Whether this is the entry of a key. Example: reward/<name>/mean covers
+        reward/countdown/mean.
+        """
         return re.fullmatch(self.pattern, key) is not None
 
 

@@ -1,6 +1,6 @@
-"""METRICS.md, the page that lists every metric.
+"""Generates METRICS.md, the page that lists every metric.
 
-Write it anew with `python -m hybridrl.tracking.metrics_page > hybridrl/tracking/METRICS.md`.
+`python -m hybridrl.tracking.metrics_page > hybridrl/tracking/METRICS.md` writes it.
 """
 
 from hybridrl.tracking.glossary import SECTIONS

@@ -1,4 +1,4 @@
-"""MLflow: a tracking server, or a database file in the run directory."""
+"""The sink for MLflow: a tracking server, or a database file in the run directory."""
 
 import os
 import time
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MOST_METRICS = 1000
-"""of one request, by MLflow's REST interface"""
+"""Limit of metrics per request in MLflow's REST interface."""
 MOST_PARAMETERS = 100
 LONGEST_PARAMETER = 6000
 
 
 class MlflowSink:
-    """One run of MLflow; a resumed training continues the same one, by its id.
+    """Writes one run of MLflow; a resumed training continues the same one, by its id.
 
     Args:
-        tracking_uri: of the server; None: the variable MLFLOW_TRACKING_URI, and without it
-            mlflow.db in the run directory.
-        experiment: in which the run is listed; it is created if there is none.
+        tracking_uri: of the server; None: the environment variable MLFLOW_TRACKING_URI, and without
+            it mlflow.db in the run directory.
+        experiment: the experiment of the run; it is created if it does not exist.
     """
 
     name = "mlflow"
@@ -44,7 +44,7 @@ class MlflowSink:
 
     def start(self, info: RunInfo) -> None:
         if self._client is not None:
-            return  # the run goes back to a checkpoint, and goes on
+            return  # training continues from a checkpoint, in the same MLflow run
         from mlflow import MlflowClient
 
         file = Path(info.run_dir) / "mlflow.db"
@@ -85,8 +85,8 @@ class MlflowSink:
             self._client.log_batch(self._run_id, metrics=rows[first : first + MOST_METRICS])
 
     def samples(self, rows: Sequence[Sample]) -> None:
-        """Do nothing: MLflow holds files in a store of its own, which a client may not reach; the
-        run directory has the samples.
+        """Do nothing: MLflow stores files in its own artifact store, which a client may not reach.
+        The run directory has the samples.
         """
 
     def close(self, exit_code: int) -> None:

@@ -1,4 +1,4 @@
-"""Where metrics and samples go: the protocol of a sink, and a list of sinks that acts as one."""
+"""The protocol of sinks, which record metrics and samples, and a list of sinks that acts as one."""
 
 import logging
 import signal
@@ -13,9 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """One destination. The order of calls is start, any number of log and samples, close.
+    """One destination of metrics and samples. The order of calls is start, any number of log and
+    samples, close.
 
-    A run that goes back to a checkpoint calls start again, with the step it continues from.
+    When a run goes back to a checkpoint, start is called again, with the step to continue from.
     """
 
     def start(self, info: RunInfo) -> None:
@@ -35,7 +36,7 @@ class Sink(Protocol):
 class ResumableSink(Sink, Protocol):
     """A sink that continues the same run of its tracker after a resume, by the id of that run."""
 
-    name: str  # of the tracker; a checkpoint holds the id under it
+    name: str  # of the tracker; the checkpoint stores the id under this name
 
     def state_dict(self) -> str | None:
         """The id; None: the tracker has no run yet."""
@@ -46,10 +47,10 @@ class ResumableSink(Sink, Protocol):
 
 @runtime_checkable
 class RolloutSink(Sink, Protocol):
-    """A sink that also receives responses of the training."""
+    """A sink that also receives responses of training steps."""
 
     def rollouts(self, rows: Sequence[Sample]) -> None:
-        """Record some responses of one step, each tracking.rollouts_every steps."""
+        """Record some responses of one step; called every tracking.rollouts_every steps."""
 
 
 class Sinks:
@@ -58,13 +59,13 @@ class Sinks:
     An error of a required sink is raised; an optional sink that fails is switched off with a
     warning.
 
-    Each sink receives a row of its own, so that what one of them does to it does not reach the
+    Each sink receives its own copy of a row, so that a sink that changes it does not affect the
     others.
 
     Example: Sinks(required=[JsonlSink()], optional={"the console": ConsoleSink()})
 
     Args:
-        optional: the sinks by the names that warnings call them.
+        optional: the sinks by their names in warnings.
     """
 
     def __init__(
@@ -72,15 +73,15 @@ class Sinks:
     ) -> None:
         self._required = list(required)
         self._optional = dict(optional or {})
-        self._given = dict(self._optional)  # those that have failed among them
-        self._ids: dict[str, str] = {}  # of the trackers' runs, by _key
+        self._given = dict(self._optional)  # including sinks that have failed
+        self._ids: dict[str, str] = {}  # the ids of the trackers' runs, by _key
 
     def state_dict(self) -> dict[str, str]:
-        """The ids of the trackers' runs for the checkpoint, by the trackers' names; of several
-        sinks of one tracker by the settings that name them.
+        """The ids of the trackers' runs for the checkpoint, by the name of the tracker, or, if
+        several sinks use one tracker, by the setting of the sink.
 
-        The id of a tracker that this run does not use, or whose sink has failed, is retained: a
-        later resume with it continues the same run.
+        Ids of trackers that this run does not use, or whose sinks have failed, are kept, so that a
+        later resume with these trackers continues the same runs.
         """
         self._each(self._note_id)
         return dict(self._ids)
@@ -99,7 +100,7 @@ class Sinks:
             sink.load_state_dict(self._ids.get(self._key(sink)))
 
     def _key(self, sink: ResumableSink) -> str:
-        """By which the id of a sink's run is kept."""
+        """The key under which the id of a sink's run is stored."""
         same = {
             name: other
             for name, other in self._given.items()
@@ -119,7 +120,7 @@ class Sinks:
         self._each(lambda sink: sink.samples(tuple(rows)))
 
     def rollouts(self, rows: Sequence[Sample]) -> None:
-        """Give responses of a training step to the sinks that take them."""
+        """Pass responses of a training step to the sinks that record them."""
 
         def give(sink: Sink) -> None:
             if isinstance(sink, RolloutSink):
@@ -145,7 +146,7 @@ class Sinks:
                 act(sink)
             except (Exception, SystemExit) as error:
                 if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
-                    raise  # from Ray's handler of that signal, and not from the sink
+                    raise  # raised by Ray's handler of that signal, not by the sink
                 del self._optional[name]
                 log.warning(
                     "%s failed and is off for the rest of the run: %s",
@@ -156,5 +157,5 @@ class Sinks:
 
 
 def as_code(text: str) -> str:
-    """A text that Markdown shows as it is, each line indented by four spaces."""
+    """The text as a code block of Markdown: each line indented by four spaces."""
     return "\n".join(f"    {line}" for line in text.splitlines())

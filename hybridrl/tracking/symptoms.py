@@ -1,5 +1,5 @@
-"""Steps from which nothing is learned, or that do work twice: how the metrics show it, and which
-setting to change.
+"""Detects, from the metrics, steps from which nothing is learned or that do work twice, and names
+the settings to change.
 """
 
 import math
@@ -11,14 +11,14 @@ Row = Mapping[str, float]
 
 ROUNDING = 1e-6  # relative standard error of rewards that are equal up to fp32 rounding
 PREEMPTIONS = re.compile(r"engine/[^/]+/preemptions")
-OFTEN = 0.1  # share of the steps from which a symptom is named in the summary
+OFTEN = 0.1  # the summary names a symptom that at least this share of the steps has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Symptom:
     """One reason why nothing is learned from a step, or why it takes longer than it must."""
 
-    shows: Callable[[Row], bool]  # whether the metrics of a step have it
+    shows: Callable[[Row], bool]  # whether the metrics of a step show the symptom
     what: str  # a clause that names the symptom
     remedy: str  # a clause in the imperative, for the user
 
@@ -45,7 +45,7 @@ def _no_gradient(row: Row) -> bool:
 
 
 def _preempted(row: Row) -> bool:
-    """Whether an engine began a request again."""
+    """Whether an engine restarted a request."""
     return any(value > 0 for key, value in row.items() if PREEMPTIONS.fullmatch(key))
 
 
@@ -80,15 +80,15 @@ SYMPTOMS = (
         "rollout.gpu_memory_utilization; for engine/scorer-NAME, the same in teachers.NAME.engine",
     ),
 )
-"""In the order in which they are named: causes before their consequences."""
+"""All symptoms, in the order in which a sentence names them: causes before their consequences."""
 
 
 class Watch:
     """Counts the steps that show each symptom.
 
     Example: for the first row with {"train/step": 3, "train/grad_norm": 0}, see() returns "in step
-    3 the gradient was 0 (raise ...)", for later such rows None. If 18 of 20 steps were like this,
-    summary() returns "the gradient was 0 in 18 of 20 steps (raise ...)".
+    3 the gradient was 0 (raise ...)", and for later such rows None. If 18 of 20 steps had this
+    symptom, summary() returns "the gradient was 0 in 18 of 20 steps (raise ...)".
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,11 @@ class Watch:
         self._steps = 0
 
     def see(self, row: Row) -> str | None:
-        """Count the row of one step; returns a sentence about symptoms seen for the first time."""
+        """Count the row of one step.
+
+        Returns:
+            A sentence about symptoms that occur for the first time; None: there are none.
+        """
         step = row["train/step"]
         if step == 0:  # an evaluation before training
             return None

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the run directory."""
+"""The sink for TensorBoard: event files in the run directory."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ class TensorBoardSink:
     """Writes each metric as a scalar, and the samples of an evaluation as texts.
 
     Args:
-        folder: of the event files, within the run directory.
+        folder: of the event files, relative to the run directory.
     """
 
     def __init__(self, folder: str = "tensorboard") -> None:
@@ -23,7 +23,7 @@ class TensorBoardSink:
         self._writer: SummaryWriter | None = None
 
     def start(self, info: RunInfo) -> None:
-        """Open a new event file. TensorBoard hides what older files have after info.first_step."""
+        """Open a new event file. TensorBoard hides steps after info.first_step of older files."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.close(0)

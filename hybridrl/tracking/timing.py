@@ -17,7 +17,7 @@ class PhaseClock:
         clock.take() == {"time/rollout_s": 2.1}
 
     Args:
-        trace: also records each phase; None: nothing does.
+        trace: in which each phase is also recorded; None: phases are not recorded.
     """
 
     def __init__(self, trace: Trace | None = None) -> None:
@@ -26,7 +26,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time of a `with` block, also if it raises; nested phases both count it."""
+        """Count the time of a `with` block, even if it raises; nested phases both count it."""
         begin = time.perf_counter()
         try:
             with self._trace.span(name):

@@ -1,4 +1,4 @@
-"""Trackio: a local database that `trackio show` displays, or a Space of Hugging Face."""
+"""The sink for Trackio: a local database that `trackio show` displays, or a Hugging Face Space."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,13 @@ from hybridrl.types import RunInfo, Sample
 
 
 class TrackioSink:
-    """One run of Trackio; a resumed training continues the same one, by its name.
+    """Writes one run of Trackio; a resumed training continues the same one, by its name.
 
-    Without `space` and without the variables TRACKIO_SPACE_ID and TRACKIO_SERVER_URL everything
-    stays on this machine, in the folder of the variable TRACKIO_DIR.
+    Without `space` and without the environment variables TRACKIO_SPACE_ID and TRACKIO_SERVER_URL
+    all data stay on this machine, in the folder of the variable TRACKIO_DIR.
 
     Args:
-        project: in which the run is listed.
+        project: the project of the run.
         space: OWNER/NAME of a Space to which the rows are also sent.
     """
 
@@ -37,10 +37,10 @@ class TrackioSink:
 
     def start(self, info: RunInfo) -> None:
         if self._run is not None:
-            return  # the run goes back to a checkpoint, and goes on
+            return  # training continues from a checkpoint, in the same Trackio run
         import trackio
 
-        # Names are its only ids, and two runs may have folders of the same name.
+        # Trackio identifies a run by its name, and two runs may have folders of the same name.
         self._run_name = self._run_name or f"{info.name}-{secrets.token_hex(3)}"
         self._run = trackio.init(
             project=self._project,
@@ -49,7 +49,7 @@ class TrackioSink:
             config=info.config,
             resume="allow",
             embed=False,
-            # Probes of the machine publish more than the run's metrics.
+            # No probes of the machine: they would publish more than the run's metrics.
             auto_log_gpu=False,
             auto_log_cpu=False,
         )

@@ -1,7 +1,7 @@
-"""The sinks of tracking.sinks: built-in trackers, and a user's own as `file.py:Class`.
+"""Loads the sinks of tracking.sinks: built-in trackers, and a user's own as `file.py:Class`.
 
-A user's file runs on the driver. Each class has the methods of tracking/sink.py and is built from
-the entry's options.
+A user's file runs in the driver. Each class has the methods of tracking/sink.py and is built with
+the options of its entry.
 """
 
 import inspect
@@ -26,7 +26,7 @@ METHODS = {
 """The methods of a sink, each with the name of its argument."""
 
 ROLLOUTS = "rollouts"
-"""A further method, which a sink may have."""
+"""An optional further method of a sink."""
 
 
 def check_sinks(config: TrackingConfig) -> None:
@@ -47,10 +47,10 @@ def check_sinks(config: TrackingConfig) -> None:
 
 
 def build_sinks(config: TrackingConfig) -> Mapping[str, Sink]:
-    """The sinks, by the settings that name them.
+    """The sinks by their settings, "tracking.sinks.NAME".
 
     Raises:
-        ConfigError: as check_sinks, or building one raises.
+        ConfigError: as check_sinks, or building a sink raises.
     """
     sinks: dict[str, Sink] = {}
     for name, entry in config.sinks.items():

@@ -1,9 +1,9 @@
-"""What is used of wandb and wandb-workspaces beyond their documented interface: settings whose
-names begin with x_, which may change without notice, the folder of a run, the address of the server
-and the hosts of its key, and the internal name of a view.
+"""The uses of undocumented parts of wandb and wandb-workspaces: settings whose names begin with x_,
+which may change without notice, the folder of a run, the address of the server and the hosts of its
+key, and the internal name of a view.
 
-Read in the versions below. tests/tracking/test_wandb_internals.py fails when another version is
-installed or when one of them is gone.
+They were read in the versions below. tests/tracking/test_wandb_internals.py fails when another
+version is installed or when one of these parts is gone.
 """
 
 import json
@@ -20,15 +20,15 @@ WORKSPACES_VERSION = "0.4"
 
 
 def quiet_settings(*, init_s: float, finish_s: float, system_metrics: bool = False) -> "Settings":
-    """Settings by which wandb logs what it is given, and no more.
+    """Settings with which wandb logs only the data that the sink passes to it.
 
-    Probes of machine, git and packages take time and publish more than was asked for. Its own probe
-    of git also publishes the address of the remote, which may contain a password.
+    Probes of machine, git and packages take time and publish more than was asked for. The probe of
+    git also publishes the address of the remote, which may contain a password.
 
     Args:
-        system_metrics: whether it samples the use of the driver's machine every 15 s.
         init_s: seconds to wait at the start for the server.
         finish_s: seconds to wait at the end, after which a TimeoutError is raised.
+        system_metrics: whether wandb samples the use of the driver's machine every 15 s.
     """
     import wandb
 
@@ -40,7 +40,7 @@ def quiet_settings(*, init_s: float, finish_s: float, system_metrics: bool = Fal
         disable_git=True,
         x_disable_stats=not system_metrics,
         x_disable_meta=True,
-        x_disable_machine_info=not system_metrics,  # which switches off the statistics too
+        x_disable_machine_info=not system_metrics,  # it would switch off the statistics too
         x_save_requirements=False,
         init_timeout=init_s,
         finish_timeout=finish_s,
@@ -49,13 +49,13 @@ def quiet_settings(*, init_s: float, finish_s: float, system_metrics: bool = Fal
 
 
 def run_folder(run: "Run") -> str:
-    """The folder that `wandb sync` takes."""
+    """The folder of the run, which is the argument of `wandb sync`."""
     return run.settings.sync_dir
 
 
 def server_address() -> str:
-    """The address of the server that wandb uses: that of WANDB_BASE_URL, else of the file that
-    `wandb login --host` writes, else its default.
+    """The address of the server that wandb uses: WANDB_BASE_URL, else that in the file that
+    `wandb login --host` writes, else wandb's default.
     """
     from wandb.sdk import wandb_setup
 
@@ -63,8 +63,8 @@ def server_address() -> str:
 
 
 def key_hosts(address: str) -> list[str]:
-    """The hosts whose netrc entry wandb takes as the key for a server: itself, and the one behind
-    it.
+    """The hosts whose netrc entries wandb uses as the key of a server: the server's own, and that
+    of its upstream server.
     """
     from wandb.sdk.lib.urls import forge_upstream_url
 
@@ -73,7 +73,7 @@ def key_hosts(address: str) -> list[str]:
 
 
 def view_exists(entity: str, project: str, name: str) -> bool:
-    """Whether the project has a view of this internal name, which its address has as ?nw=name."""
+    """Whether the project has a view of this internal name; a view's address contains ?nw=name."""
     from wandb_workspaces.workspaces import internal
     from wandb_workspaces.workspaces.errors import SpecVersionError
 
@@ -87,9 +87,9 @@ def view_exists(entity: str, project: str, name: str) -> bool:
 
 
 def set_view_name(workspace: "Workspace", name: str) -> None:
-    """Give a new view an internal name, which would be drawn at random when it is saved.
+    """Set the internal name of a new view, which would otherwise be random.
 
     Args:
-        name: without the parts "nw-" and "-v", which the library adds and takes away.
+        name: without the parts "nw-" and "-v", which the library adds and removes.
     """
     workspace._internal_name = f"nw-{name}-v"

@@ -1,7 +1,7 @@
-"""A view of a project in Weights & Biases with the metrics that one looks at first.
+"""A view of a project in Weights & Biases with the most important metrics.
 
-It is saved once in a project, under one internal name, and never changed afterwards: what users
-change in it stays.
+It is saved once in a project, under a fixed internal name, and never overwritten, so that changes
+of users are kept.
 
     python -m hybridrl.tracking.wandb_overview OWNER/PROJECT
 """
@@ -30,7 +30,7 @@ NEEDS = (
     "'hybridrl[overview]'"
 )
 NAME = "hybridrl"
-"""The internal name of the view, which its address has."""
+"""The internal name of the view, which is part of its address."""
 TITLE = "hybridrl overview"
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Plot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Diagrams that stand together."""
+    """A section of diagrams."""
 
     title: str
     plots: tuple[Plot, ...]
@@ -149,14 +149,15 @@ PARTS = (
         plots=(Plot(title="Largest of each phase", keys=("memory/<workers>/<phase>_bytes",)),),
     ),
 )
-"""In the order of the report, with the panels' titles where it has them."""
+"""The sections in the order of the report, with the titles of its panels where they are the same.
+"""
 
 
 def overview(entity: str, project: str) -> "Workspace":
-    """The view, not saved yet.
+    """The view, not yet saved.
 
     Args:
-        entity: user or team that has the project.
+        entity: the user or team that owns the project.
     """
     from wandb_workspaces.workspaces import Section, Workspace, WorkspaceSettings
 
@@ -175,8 +176,8 @@ def overview(entity: str, project: str) -> "Workspace":
 
 
 def line_plot(plot: Plot) -> "LinePlot":
-    """The diagram of one or more metrics; W&B finds those of a key with a placeholder by a regular
-    expression.
+    """The diagram of one or more metrics. If a key has a placeholder, W&B finds the metrics by a
+    regular expression.
     """
     from wandb_workspaces.reports.v2 import LinePlot
 
@@ -191,16 +192,19 @@ def line_plot(plot: Plot) -> "LinePlot":
 
 
 def pattern(key: str) -> str:
-    """A regular expression of a key of the glossary."""
+    """A regular expression for a key of the glossary."""
     metric = explain(key)
     return metric.pattern if metric and metric.key == key else re.escape(key)
 
 
 def save_overview(entity: str, project: str) -> str | None:
-    """Save the view in a project that has none; None: it has one, else the address of the view.
+    """Save the view in a project, unless it has the view already.
+
+    Returns:
+        The address of the view; None if the project had it already.
 
     Raises:
-        Exception: of wandb, the server refused it or does not answer.
+        Exception: of wandb; the server refuses the view or does not answer.
     """
     if view_exists(entity, project, NAME):
         return None
@@ -210,7 +214,7 @@ def save_overview(entity: str, project: str) -> str | None:
 
 
 class SavingOverview:
-    """The view is saved by a thread, as the server may be slow. What prevents it is one warning."""
+    """Saves the view in a thread, because the server may be slow. A failure is one warning."""
 
     def __init__(self, entity: str, project: str) -> None:
         self._place = f"{entity}/{project}"
@@ -222,7 +226,7 @@ class SavingOverview:
         self._thread.start()
 
     def wait(self, limit_s: float) -> None:
-        """Wait until it is over, or until that many seconds have passed."""
+        """Wait until saving has ended, for at most `limit_s` seconds."""
         if self._thread is None:
             return
         self._thread.join(limit_s)

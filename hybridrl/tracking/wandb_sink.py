@@ -1,4 +1,6 @@
-"""Weights & Biases: online if a key is configured, else offline; never prompts for an account."""
+"""The sink for Weights & Biases: online if a key is configured, else offline, without prompting for
+an account.
+"""
 
 import http.client
 import json
@@ -29,26 +31,26 @@ FINISH_S = 60.0
 REACH_S = 5.0
 """Timeout of the first request to the server."""
 OVERVIEW_S = 5.0
-"""How long the end of a run waits for a view that is still being saved."""
+"""Longest wait, in seconds, at the end of a run for a view that is still being saved."""
 MOST_BYTES = 65536
-"""How much of the server's first answer is read."""
+"""Largest part of the server's first answer that is read."""
 
 log = logging.getLogger(__name__)
 
 
 class WandbSink:
-    """One W&B run. A resumed training continues the same run, by the id in its checkpoint.
+    """Writes one W&B run. A resumed training continues the same run, by the id in its checkpoint.
 
-    Its config has the settings, and as git_commit the commit of the working directory.
+    The run's config contains the settings and, as git_commit, the commit of the working directory.
 
     Metrics go to wandb's own process, which writes them to disk and uploads them; only start and
-    close wait for a server. The view of tracking.overview is saved by a thread.
+    close wait for a server. A thread saves the view of tracking.overview.
 
     Args:
         finish_s: seconds to wait at the end for the upload of the remaining data.
 
     Raises:
-        ConfigError: tracking.wandb=online without a key; wandb would stop and prompt for one.
+        ConfigError: tracking.wandb=online without a key, for which wandb would prompt.
     """
 
     name = "wandb"
@@ -121,7 +123,7 @@ class WandbSink:
             self._overview = SavingOverview(self._run.entity, self._run.project)
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        # No step=: W&B drops rows below its own counter, which a resumed run would write.
+        # Without step=, because W&B drops rows below its own counter, and a resumed run has such.
         if self._run is not None:
             self._run.log(dict(metrics))
 
@@ -152,7 +154,7 @@ class WandbSink:
         """Upload the remaining data and end the run.
 
         Raises:
-            TimeoutError: the upload took too long; everything is on disk.
+            TimeoutError: the upload took too long; all data are on disk.
         """
         if self._run is None:
             return
@@ -168,8 +170,8 @@ class WandbSink:
 
 
 def run_name(info: RunInfo) -> str:
-    """The default name of a run: its directory, then the settings that usually differ between the
-    runs of a sweep.
+    """The default name of a run: its directory, and settings that usually differ between the runs
+    of a sweep.
 
     Example: "a countdown-student lr=0.001 seed=0" for runs/a
     """
@@ -179,10 +181,11 @@ def run_name(info: RunInfo) -> str:
 
 
 def resolve_mode(mode: WandbMode) -> WandbMode:
-    """The mode that auto means here: WANDB_MODE if set, else online with a key, offline without.
+    """The mode to use. Auto becomes WANDB_MODE if that is offline or disabled, else online with a
+    key and offline without one.
 
     Raises:
-        ConfigError: online without a key.
+        ConfigError: the mode is online, and there is no key.
     """
     if mode is WandbMode.auto:
         environment_mode = os.environ.get("WANDB_MODE")
@@ -200,9 +203,9 @@ def resolve_mode(mode: WandbMode) -> WandbMode:
 def unreachable() -> str:
     """Why a run cannot be sent to the W&B server, as a clause; empty if it can.
 
-    The client of W&B retries for most of a minute before it reports an error. Only a GraphQL answer
-    counts: not a login page, a page of a proxy, or the JSON of another service. Whether the key is
-    valid is not checked here: the client's own error says so.
+    This is asked first because the client of W&B retries for most of a minute before it reports an
+    error. Only a GraphQL answer counts, not a login page, a page of a proxy, or the JSON of another
+    service. The key is not checked here, since the client reports an invalid key itself.
     """
     url = f"{server_address().rstrip('/')}/graphql"
     query = json.dumps({"query": "{ serverInfo { cliVersionInfo } }"}).encode()
@@ -233,7 +236,7 @@ def unreachable() -> str:
 
 
 def has_key() -> bool:
-    """Whether W&B can log in without a prompt: WANDB_API_KEY, or a netrc entry for its host."""
+    """Whether W&B can log in without a prompt: by WANDB_API_KEY or a netrc entry for its host."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
