@@ -114,8 +114,8 @@ def _sparse_gradient(scale: Tensor, p: Tensor, ids: Tensor) -> Tensor:
 def row_work(
     rule: RowRule, forms: tuple[Form | Correction, ...], logits: Tensor, dtype: torch.dtype
 ) -> Work:
-    """`row_gradients` as a function of (logits, evidence, weights, columns): in Triton on a GPU if
-    all teachers' evidence is logits, otherwise compiled if `pays` says so.
+    """`row_gradients` as a function of (logits, evidence, weights, columns): in Triton for fp32
+    logits on a GPU if all teachers' evidence is logits too, otherwise compiled if `pays` says so.
     """
     if (
         logits.is_cuda

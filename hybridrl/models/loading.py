@@ -112,7 +112,7 @@ def is_on_hub(path: str) -> bool:
 
 
 def is_quantised(config: PreTrainedConfig) -> bool:
-    """Whether the weights are stored in a quantised form, which only an engine can read."""
+    """Whether the weights are stored in a quantised form, which engines of vLLM can read."""
     return getattr(config, "quantization_config", None) is not None
 
 

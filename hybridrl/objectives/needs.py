@@ -7,10 +7,7 @@ from hybridrl.teachers.evidence import Evidence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What one objective needs. Example: the preset raft needs rewards alone, Needs(rewards=True).
-
-    An optional pass or value that it does not need is not computed.
-    """
+    """What one objective needs. Example: the preset raft has Needs(rewards=True)."""
 
     evidence: tuple[Evidence, ...] = ()  # of each scored teacher
     rewards: bool = False

@@ -100,7 +100,7 @@ class Learner:
         config = deepspeed_config(settings, self.device)
         self.model = sharded_model(settings, config)
         head = self.model.get_output_embeddings()
-        with self._gather([head.weight] if head is not None else []):  # Student tries its head
+        with self._gather([head.weight] if head is not None else []):  # Student checks it
             student = Student(
                 self.model,
                 head_rule(settings),

@@ -1,5 +1,5 @@
-"""What the learner counts over micro-batches, updates and ranks, and the metrics of the global
-batch that it computes from the counts.
+"""The learner's counts over micro-batches, updates and ranks, and the metrics of the global batch
+that it computes from them.
 
 Names with a slash are metrics, explained in hybridrl.tracking.glossary; the others are
 intermediate sums from which metrics are computed.

@@ -209,7 +209,7 @@ def _gradients(rows: Rows) -> Drawing:
 
 
 def _sparse_part(rows: Rows) -> str:
-    """What the sparse part of the gradient learns from in this run, in words."""
+    """The source of the sparse part of the gradient in this run, in words."""
     if series(rows, "pair/loss")[1].size:
         return "ranked pairs"
     parts = []

@@ -32,7 +32,7 @@ from hybridrl.rewards.guard import start_guard
 from hybridrl.rewards.load import RewardFunction, load_reward
 from hybridrl.rewards.signature import signature_of
 
-FLOAT32_MAX = 3.4e38  # values travel as float32
+FLOAT32_MAX = 3.4e38  # values are stored as float32
 ACCEPTED = b"accepted"
 
 

@@ -19,8 +19,8 @@ def density_ratio(
     rejected responses follow pi_ref, `both` if the pair was drawn from pi_ref before it was ranked.
 
     Above the clamp c a term is continued by its tangent, f(c) + f'(c) (s - c). So the loss is
-    finite for every finite s, its slope is at most that at c, and a rejected response that became
-    far too likely is still pushed down; a plain clamp of s would give it no gradient.
+    finite for every finite s, its slope is bounded by the slope at c, and a rejected response that
+    became far too likely is still pushed down; a plain clamp of s would give it no gradient.
     """
     sides = log_ratios(scores, pair)
     limit = MAX_LOG_RATIO if pair.clamp is None else min(pair.clamp, MAX_LOG_RATIO)
