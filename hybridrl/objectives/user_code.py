@@ -172,4 +172,4 @@ def summary(value: Any) -> str:
     """A short description of a value for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
-    return f"of type {type(value).__name__}"
+    return f"a value of type {type(value).__name__}"

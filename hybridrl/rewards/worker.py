@@ -235,7 +235,10 @@ class RewardWorker:
         uids = [batch.uids[i // batch.group_size] for i in np.flatnonzero(rows)]
         if not uids:
             return rows
-        line = f"no reward function applies to {uids[0]}: each whose weight is not 0 returned None"
+        line = (
+            f"no reward function applies to {uids[0]}: each one with a weight other than 0 "
+            "returned None for it or has another route"
+        )
         if self.config.on_error is OnError.fail and not self.watch_only:
             raise RewardError(f"{line}; {len(uids)} such responses and reward.on_error=fail")
         logger.warning("%s, as for %d of %d responses", line, len(uids), batch.num_sequences)

@@ -165,7 +165,8 @@ def test_a_response_to_which_no_function_applies_is_an_error_and_not_a_reward_of
     assert np.array_equal(rewards.values, [1, np.nan], equal_nan=True)
     assert rewards.errors.tolist() == [False, True] and rewards.keep.tolist() == [True, False]
     assert (
-        "no reward function applies to p1: each whose weight is not 0 returned None" in caplog.text
+        "no reward function applies to p1: each one with a weight other than 0 returned None"
+        in caplog.text
     )
 
 

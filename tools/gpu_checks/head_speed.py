@@ -30,7 +30,7 @@ CHUNK = 1024  # rows at once, train.head_chunk
 MATRIX_BYTES = 4 + 4 + 2
 """Of each token of a chunk and of the vocabulary: logits of student and teacher in float32, and the
 gradient in bfloat16."""
-ROW_BYTES = 24 + 2  # read and written by the kernels of kernels/triton_rows.py
+ROW_BYTES = 28 + 2  # read and written by the kernels of kernels/triton_rows.py
 SLOWER = 1.5
 """A kernel that reaches two thirds of the rates that single products and copies reach."""
 SPARE = 1.1  # blocks of the allocator, and the products' own workspace
