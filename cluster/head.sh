@@ -8,6 +8,6 @@ token="$HOME/.ray/auth_token"
 if [[ ! -s "$token" ]]; then
   (umask 077 && ray get-auth-token --generate >/dev/null)
 fi
-chmod 600 "$token" # Ray makes it readable by every user of the machine
+chmod 600 "$token" # Ray creates it readable by every user of the machine
 
 ray start --head --dashboard-host 127.0.0.1 --disable-usage-stats "$@"

@@ -40,7 +40,7 @@ class Solved(Protocol):
 
 
 def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A new tiny model that has learned solved(args)."""
+    """Train a new tiny model on solved(args)."""
     return imitate(solved(args), args)
 
 
@@ -49,14 +49,15 @@ def imitate(
     args: argparse.Namespace,
     enough: Callable[[PreTrainedModel, PreTrainedTokenizerBase], bool] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Minimise the cross-entropy of the solution and its end token, given the prompt.
+    """Train a new tiny model to minimise the cross-entropy of the solution and its end token, given
+    the prompt; returns the model and its tokenizer.
 
-    AdamW with a linear warm-up and a cosine down to args.lr_end.
+    AdamW with a linear warm-up and a cosine decay to args.lr_end.
 
     Args:
-        examples: endless.
-        args: of `parser`.
-        enough: is asked after every tenth step whether to stop before args.steps.
+        examples: an endless iterator.
+        args: the arguments of `parser`.
+        enough: called after every tenth step; training stops when it returns True.
     """
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -88,10 +89,10 @@ def imitate(
 
 
 def solved(args: argparse.Namespace) -> Iterator[Equation]:
-    """Endless problems outside of the held-out ones, with the solution to imitate.
+    """Yield problems without end, each with the solution to imitate; held-out problems are left out.
 
-    args.two_numbers: share of them that have two numbers and not three. args.spaced: share of the
-    solutions that have a space on each side of an operator.
+    args.two_numbers is the share of problems with two numbers instead of three, args.spaced the
+    share of solutions with a space on each side of an operator.
     """
     rng = random.Random(f"countdown sft {args.seed}")
     three = _outside(Countdown(), NUM_HELDOUT, rng)
@@ -114,7 +115,7 @@ def greedy_answers(
     prompts: Sequence[str],
     max_new_tokens: int = 16,
 ) -> list[str]:
-    """The most likely answers without special tokens, truncated after max_new_tokens."""
+    """The greedily decoded answers without special tokens, of at most max_new_tokens tokens."""
     batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
     with torch.no_grad():
         output = model.eval().generate(

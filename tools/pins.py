@@ -70,7 +70,7 @@ def read(text: str) -> dict[str, Pin]:
 
 
 def project_requirements(pyproject: str, extras: Iterable[str]) -> list[str]:
-    """The requirements of a project with some of its extras, which may name each other.
+    """The requirements of a project with some of its extras. An extra may include other extras.
 
     Args:
         pyproject: the text of pyproject.toml.
@@ -101,7 +101,11 @@ def linux(python: str, machine: str) -> Environment:
 
 
 def applies(requirement: Requirement, extra: str, environment: Environment) -> bool:
-    """Whether a package with this extra, or "" for none, has the requirement in an environment."""
+    """Whether a requirement of a package applies in an environment.
+
+    Args:
+        extra: the extra with which the package is installed; "": none.
+    """
     marker = requirement.marker
     return marker is None or marker.evaluate(environment | {"extra": extra})
 
@@ -129,7 +133,11 @@ def unmet(
 
 
 def fault(pin: Pin | None, requirement: Requirement) -> str:
-    """What a lock has in place of a requirement; empty if it meets the requirement."""
+    """What the lock has instead of a package that meets the requirement; empty if it meets it.
+
+    Args:
+        pin: the lock's entry for the package; None: it has none.
+    """
     if pin is None:
         return "no such package"
     if not requirement.specifier.contains(pin.version, prereleases=True):
@@ -141,7 +149,9 @@ def fault(pin: Pin | None, requirement: Requirement) -> str:
 def reached(
     pins: Mapping[str, Pin], wanted: Iterable[str], environment: Environment
 ) -> Iterator[tuple[str, Requirement]]:
-    """Every requirement that follows from `wanted` in an environment, with its source."""
+    """Every direct and indirect requirement of `wanted` in an environment, with the name of the
+    package that requires it.
+    """
     followed: set[tuple[str, str]] = set()
     queue = [("pyproject.toml", r) for r in map(Requirement, wanted) if applies(r, "", environment)]
     while queue:
@@ -165,13 +175,13 @@ def with_requirements(
     wanted: Collection[str],
     environments: Collection[Environment],
 ) -> dict[str, Pin]:
-    """The pins with the extras and the requirements of which some environment has a use.
+    """The pins with those extras and requirements that apply in at least one environment.
 
     Args:
-        pins: of which nothing but the names is used.
+        pins: their own extras and requirements are ignored.
         metadata: all requirements of each package, for all extras.
         wanted: the requirements of the project.
-        environments: those in which the lock file is used.
+        environments: the environments in which the lock file is used.
     """
     full = {
         name: replace(pin, requires=tuple(metadata.get(name, ()))) for name, pin in pins.items()
