@@ -89,7 +89,8 @@ def imitate(
 
 
 def solved(args: argparse.Namespace) -> Iterator[Equation]:
-    """Yield problems without end, each with the solution to imitate; held-out problems are left out.
+    """Yield problems without end, each with the solution to imitate; held-out problems are left
+    out.
 
     args.two_numbers is the share of problems with two numbers instead of three, args.spaced the
     share of solutions with a space on each side of an operator.

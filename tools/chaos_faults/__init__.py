@@ -1,1 +1,1 @@
-"""Faults in real runs of tiny models on one machine; their results are stored in results/."""
+"""Causes faults in real runs of tiny models on one machine, and stores the results in results/."""

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         help="folder of the runs",
     )
     options = parser.parse_args(arguments)
-    # A shell starts background jobs with SIGINT ignored, and the runs would inherit that.
+    # A shell starts its background jobs with SIGINT ignored, which the runs would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if unknown := set(options.ids) - fault_of.keys():
         parser.error(f"no such fault: {', '.join(sorted(unknown))}")
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
 
 
 def grouped(ids: list[str]) -> list[tuple[Do | str, list[str]]]:
-    """(scenario, its faults), as one scenario may cause several faults."""
+    """Pairs of a scenario and the ids of its faults, because one scenario may cause several."""
     groups: dict[Do | str, list[str]] = {}
     scenario_of = {fault.id: fault.do for fault in MATRIX}
     for key in ids:
@@ -90,7 +90,7 @@ def grouped(ids: list[str]) -> list[tuple[Do | str, list[str]]]:
 
 
 def attempt(do: Do | str, ground: Ground, ids: list[str]) -> dict[str, Finding]:
-    """The findings of a scenario by fault; one that raises an error has failed all its faults."""
+    """Run a scenario; returns a finding for each fault. If it raises an error, all have failed."""
     not_reached = Finding(passed=False, outcome="not reached")
     try:
         findings = dict.fromkeys(ids, tests(do)) if isinstance(do, str) else do(ground, ids)
@@ -109,10 +109,10 @@ def attempt(do: Do | str, ground: Ground, ids: list[str]) -> dict[str, Finding]:
 
 
 def tests(selection: str) -> Finding:
-    """Run some tests.
+    """Run some tests; returns whether they passed, and pytest's last line.
 
     Args:
-        selection: files, and after -k parts of test names, separated by |.
+        selection: test files, and optionally after -k parts of test names, separated by |.
     """
     files, _, names = selection.partition(" -k ")
     chosen = ["-k", names.replace("|", " or ")] if names else []
@@ -134,7 +134,7 @@ def tests(selection: str) -> Finding:
 
 
 def commit() -> str:
-    """The short hash of HEAD, with + if tracked files outside of results/ differ."""
+    """The short hash of HEAD, followed by + if tracked files outside of results/ were changed."""
     git = [
         "git",
         "-C",

@@ -1,6 +1,5 @@
-"""Faults of the run's own process: it is killed, stopped by a signal, or refused at the start.
-
-The same command then continues the run.
+"""Scenarios with faults of the driver process or its surroundings: it is killed, interrupted or
+refused at the start; engines are exhausted, memory is short, calls are lost, W&B does not answer.
 """
 
 import random
@@ -36,14 +35,15 @@ SOAKED = (500, 1500)
 LEFT_S = 10.0
 """Time after which only Ray's own processes of a killed run may remain."""
 RESUMED_S = 120.0
-"""Bound on the time from a start to the next step; two cores need 50 to 90 s."""
+"""Bound on the time from the start of a resumed run to its first step; two cores need 50 to 90 s.
+"""
 
 
 def kill_at_failpoints(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """K1: kill a run at one place after another; each time the same command continues it."""
+    """K1: kill a run at each failpoint of KILLED_AT; each time the same command continues it."""
     ground = ground.light
     run_dir = ground.run_dir("failpoints")
-    resumed: list[float] = []  # seconds from a start to the next step
+    resumed: list[float] = []  # seconds from the start of each resumed run to its first step
     redone: list[int] = []  # steps done again after each kill
     remaining: list[str] = []  # processes that did not end
     points = ";".join(
@@ -95,10 +95,10 @@ def names(pids: list[int]) -> list[str]:
 
 
 def num_redone(run: Training, reported: int) -> int:
-    """How many steps a run does again.
+    """The number of steps that a resumed run does again.
 
     Args:
-        reported: the last step that its predecessor reported.
+        reported: the last step that the run reported before it was killed.
     """
     continued_from = [
         int(match[1])
@@ -109,7 +109,7 @@ def num_redone(run: Training, reported: int) -> int:
 
 
 def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """K2: kill a run ten times: three times while it starts, the others at random moments later."""
+    """K2: kill a run ten times at random: three times while it starts, else after its start."""
     ground = ground.light
     dice = random.Random(K2_SEED)
     run_dir = ground.run_dir("random")
@@ -153,7 +153,9 @@ def kill_at_random(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 
 def interrupt(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """J2: Ctrl-C twice in a step; J3: the end of a run without a fault."""
+    """J2: press Ctrl-C twice during a step; J3: measure how long a run without a fault takes to
+    end.
+    """
     ground = ground.light
     findings = {}
     if "J2" in wanted:
@@ -192,7 +194,9 @@ def interrupt(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 
 def exhaust(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """E5: every engine dies when it receives version 3 of the weights."""
+    """E5: every engine dies when it receives version 3 of the weights, until none can be
+    replaced.
+    """
     run_dir = ground.run_dir("exhausted")
     with training(
         [*ground.overrides, "cluster.max_restarts=2"],
@@ -296,10 +300,10 @@ def faulty_rpc(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 
 def soak(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """X2: the growth of memory and open files of every process.
+    """X2: measure the growth of memory and of open files in every process.
 
-    It is measured from step 500 on. Before, memory grows because the learner still receives batches
-    that are longer than all earlier ones.
+    The measurement starts at step 500: before, memory grows because the learner still receives
+    batches that are longer than all earlier ones.
     """
     run_dir = ground.run_dir("soak")
     first, last = SOAKED

@@ -19,16 +19,17 @@ UP = "../../../"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """The result of one fault. None: does not apply, e.g. a refused setting loses no step."""
+    """The result of one fault. A value is None if it does not apply to the fault."""
 
     passed: bool
-    outcome: str  # one line: what was done and seen
-    detected_s: float | None = None  # from the fault to the first line that reports it
+    outcome: str  # one line: what was done and observed
+    detected_s: float | None = None  # from the fault to the first line of output that reports it
     # from the fault to the first step after it, or until an engine serves again
     recovered_s: float | None = None
     lost_steps: int | None = None  # steps done twice
-    lost_uids: int | None = None  # prompts trained on in the run without a fault, but not here
-    duplicated_uids: int | None = None  # prompts trained on twice
+    # prompts that this run did not use (train on or pass over), but the run without a fault did
+    lost_uids: int | None = None
+    duplicated_uids: int | None = None  # prompts used more often than in the run without a fault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,18 +45,22 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """Where and when rows were made."""
+    """On which machine, at which commit and in what time rows were made."""
 
     machine: str
     commit: str
-    # duration of a call of the tool for all faults; None: for some of them, or not yet finished
+    # the time that the tool took for all faults; None: it ran some of them, or has not finished yet
     whole_minutes: float | None = None
 
 
 def store(rows: Iterable[Row], order: list[str], made: Made) -> list[dict[str, Any]]:
-    """Add rows to the stored ones, replacing those with the same id, and write the card anew.
+    """Add rows to the stored ones, replacing those with the same id, and rewrite the card.
 
-    Returns all stored rows.
+    Args:
+        order: the ids of all faults in the order of the card.
+
+    Returns:
+        all stored rows.
     """
     RESULTS.mkdir(exist_ok=True)
     stored = json.loads(FINDINGS.read_text()) if FINDINGS.is_file() else {}
@@ -93,7 +98,7 @@ def card(rows: list[dict[str, Any]], missing: list[str]) -> str:
 
 
 def provenance(rows: list[dict[str, Any]]) -> str:
-    """A sentence on the commits at which the rows were made, "unknown" for very old rows."""
+    """A sentence about the commits at which the rows were made; "unknown" for very old rows."""
     (commit, most), *others = Counter(row.get("commit", "unknown") for row in rows).most_common()
     if others:
         text = ", ".join(f"{count} at {other}" for other, count in others)

@@ -1,4 +1,4 @@
-"""The settings of all scenarios, and the run without a fault with which they are compared."""
+"""The settings of all scenarios, and the run without a fault with which their runs are compared."""
 
 import json
 import re
@@ -35,14 +35,15 @@ SETTINGS = [
 ]
 """fp32, one thread per worker, and more steps than any scenario needs before it ends its run."""
 LIGHT = ["rollout.engines=1", "learner.ranks=1"]
-"""For faults of the run's own process; such a run starts in half the time."""
+"""Fewer workers, for faults of the driver process: such a run starts in half the time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """The folder of the runs, which scenarios share even between calls of the tool.
+    """The folder in which all scenarios run, and their common settings.
 
-    A call for the whole matrix begins with an empty folder.
+    The folder and its run without a fault are kept between calls of the tool, but a call for the
+    whole matrix begins with an empty folder.
     """
 
     folder: Path
@@ -50,12 +51,12 @@ class Ground:
 
     @property
     def light(self) -> "Ground":
-        """A ground with one worker of each kind, which has its own run without a fault."""
+        """A ground with one engine and one learner rank, and its own run without a fault."""
         return Ground(self.folder / "light", tuple(LIGHT))
 
     @property
     def overrides(self) -> list[str]:
-        """The settings of a run, without run.dir."""
+        """The settings of a run, except for run.dir."""
         file = self.folder / "overrides.json"
         if not file.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -63,14 +64,14 @@ class Ground:
         return [*json.loads(file.read_text()), *SETTINGS, *self.less]
 
     def run_dir(self, name: str) -> Path:
-        """A new run directory, numbered so that those of earlier calls are not changed."""
+        """A new, numbered run directory, so that runs of earlier calls are not changed."""
         number = sum(path.name.startswith(f"{name}-") for path in self.folder.glob("*"))
         run_dir = self.folder / f"{name}-{number}"
         run_dir.mkdir(parents=True)
         return run_dir
 
     def clean(self, steps: int = CLEAN_STEPS) -> Path:
-        """The run without a fault, which is continued if it has fewer steps."""
+        """The directory of the run without a fault, which is first continued to `steps` steps."""
         run_dir = self.folder / "clean"
         saved = steps_saved(run_dir)
         if not saved or saved[-1] < steps:
@@ -79,7 +80,9 @@ class Ground:
         return run_dir
 
     def equal(self, run_dir: Path, step: int) -> bool:
-        """Whether checkpoint and metrics equal those of the run without a fault, bit by bit."""
+        """Whether the checkpoint of a step, and the metrics up to it, equal those of the run
+        without a fault bit by bit.
+        """
         clean = self.clean(max(step, CLEAN_STEPS))
         return (
             state_at(clean, step) is not None
@@ -101,8 +104,8 @@ class Ground:
         """The finding on a run that must equal the run without a fault.
 
         Args:
-            step: of the checkpoint to compare.
-            outcome: what was done and seen.
+            step: the step of the checkpoint to compare.
+            outcome: what was done and observed.
             within: whether all bounds on times and the like are met.
         """
         same = self.equal(run_dir, step)
@@ -120,7 +123,7 @@ class Ground:
 
 
 def rows(run_dir: Path, steps: int) -> list[dict[str, float]]:
-    """The metrics of a run up to a step, without those that depend on times or faults."""
+    """The metrics of a run up to a step, without metrics that depend on times or faults."""
     varying = (*OF_THE_MACHINE, "cluster/restarts", "eval/", "transfer/")
     return [
         {key: value for key, value in row.items() if not key.startswith(varying)}
@@ -136,7 +139,7 @@ def last_step(run: Training) -> int:
 
 
 def next_save(run: Training, limit_s: float) -> int:
-    """Wait for a checkpoint that is newer than the last printed step; returns its step."""
+    """Wait until a checkpoint exists that is newer than the last printed step; returns its step."""
     step = last_step(run) // 2 * 2 + 2
     while last_step(run) <= step:  # a step is printed before its checkpoint is written
         run.until(STEP, limit_s)

@@ -1,4 +1,4 @@
-"""The fault matrix: the name of each fault, the scenario that causes it, and the file to read."""
+"""The fault matrix: for each fault its name, the scenario that causes it, and the file to read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Fault:
 
     id: str
     name: str
-    do: Do | str  # a scenario, which may cause several faults; or files and -k for pytest
+    do: Do | str  # a scenario, which may cause several faults; or test files and -k for pytest
     proof: str  # the file with the scenario or the tests
 
 

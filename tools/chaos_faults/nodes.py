@@ -1,8 +1,8 @@
-"""C1 and C2: a run on two Ray nodes, one of which dies, or is cut off and comes back.
+"""Scenarios C1 and C2: a run on two Ray nodes, one of which dies, or is cut off and comes back.
 
-The nodes are network namespaces that are joined by a pair of virtual interfaces, so that a
-partition is a real one; making them needs root. Ray's health checks are tuned so that it gives up
-a node after about 4.5 s instead of a minute.
+The nodes are network namespaces that are joined by a pair of virtual interfaces, so that a network
+partition is real; creating them needs root. Ray's health checks are tuned so that Ray gives up a
+node after about 4.5 s instead of a minute.
 """
 
 import os
@@ -24,7 +24,9 @@ HEAD = "10.231.77.1"
 FAR = "10.231.77.2"
 SPACES = ("hybridrl-head", "hybridrl-far")
 LINK = "veth0"
-"""The interface in both; gloo's default, that of the host's name, is in neither of them."""
+"""The interface in each namespace. It is set for gloo, because gloo's default, the interface of the
+host's name, exists in neither namespace.
+"""
 LOST = r"failed in .*(starting another worker|going back to the last checkpoint)"
 DETECTED_S = 5.0
 RESUMED_S = 60.0
@@ -37,7 +39,9 @@ def lose_node(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 
 def cut_off(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """C2: the link is down for 10 s; later answers of workers on the far node must be ignored."""
+    """C2: the link is down for 10 s; answers of the far node's workers after that must be
+    ignored.
+    """
 
     def cut(nodes: "Nodes") -> None:
         ip("-n", SPACES[0], "link", "set", LINK, "down")
@@ -47,7 +51,7 @@ def cut_off(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 
 def on_two_nodes(ground: Ground, description: str, strike: Callable[["Nodes"], None]) -> Finding:
-    """Start a run on two nodes, cause a fault, and judge how the run continues."""
+    """Start a run on two nodes, cause a fault by `strike`, and judge how the run continues."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         outcome = "not run: two network namespaces need root and iproute2"
         return Finding(passed=False, outcome=outcome)
@@ -88,11 +92,11 @@ WORKERS = ("rollout/0", "rollout/1", "learner/0", "learner/1", "scorer-main/0", 
 
 
 class Nodes:
-    """Two Ray nodes, each in its namespace."""
+    """Two Ray nodes, each in its own network namespace."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.env = env
-        self.later: Callable[[], object] = lambda: None  # undoes the fault
+        self.later: Callable[[], object] = lambda: None  # called CUT_S after the fault to undo it
 
     def is_far(self, pid: int) -> bool:
         """Whether a process runs on the far node."""
@@ -177,7 +181,7 @@ def start_ray(nodes: Nodes, space: str, options: list[str]) -> None:
 
 
 def ip(*words: str) -> str:
-    """The output of a command of iproute2; an error is ignored."""
+    """Run `ip` with these arguments and return its output; a failure is ignored."""
     return subprocess.run(
         ["ip", *words], capture_output=True, text=True, check=False, timeout=30
     ).stdout

@@ -1,8 +1,8 @@
-"""What the faults use of Ray beyond its documented interface: undocumented options, which are
-environment variables RAY_name, and the command lines of its own processes.
+"""The undocumented parts of Ray that the faults use: options, which are environment variables
+RAY_name, and the command lines of Ray's own processes.
 
-They were read in the version below. tests/tools/test_chaos.py fails when another version is
-installed or when an option does not exist.
+They were read in the source of the version below. tests/tools/test_chaos.py fails when another
+version is installed or when an option does not exist.
 """
 
 import json
@@ -26,28 +26,30 @@ DELAYED = [
     "CoreWorkerService.grpc_server.PubsubLongPolling",
     "NodeManagerService.grpc_server.RequestWorkerLease",
 ]
-"""Only some handlers: with a delay of every one of them Ray's raylet ends itself."""
+"""The handlers that are delayed. If all handlers were, Ray's raylet would end itself."""
 LOST = [
     "NodeManagerService.grpc_client.RequestWorkerLease",
     "NodeManagerService.grpc_client.PinObjectIDs",
     "CoreWorkerService.grpc_client.GetObjectStatus",
     "CoreWorkerService.grpc_client.PubsubLongPolling",
 ]
-"""The calls that Ray promises to repeat. A lost CoreWorkerService.grpc_client.PushTask is an
-ActorUnavailableError, as the task may have been done.
+"""The calls that Ray promises to repeat. PushTask is not among them: if it is lost, Ray raises an
+ActorUnavailableError, because the task may have been done.
 """
 
 RAYS_OWN = r"ray::(DashboardAgent|RuntimeEnvAgent)|[^\0]*python\0[^\0]*/ray/_private/workers/"
-"""The command lines of Ray's own processes: its agents, which try for 60 s to reach the control
-store, and workers that Ray had just started, which try for 27 s to reach their raylet. A worker
-that has reached it has the name of its actor, as all workers of a run do.
+"""A regular expression of the command lines of Ray's own processes, which may outlive a killed run:
+agents, which try for 60 s to reach the control store, and workers that Ray had just started, which
+try for 27 s to reach their raylet. A worker that has reached it has the name of its actor as its
+command line, as all workers of a run do.
 """
 
 
 def faulty_calls() -> dict[str, str]:
-    """Variables that delay the handlers in DELAYED by up to 20 ms, and lose a part of LOST.
+    """Environment variables that make Ray delay the handlers in DELAYED by up to 20 ms, and lose
+    40 % of the calls in LOST, half of them before and half after their work is done.
 
-    The number of failures is per process, the probabilities are in percent.
+    The number of failures is per process and method, the probabilities are in percent.
     """
     lost = {
         method: {"num_failures": 20, "req_failure_prob": 20, "resp_failure_prob": 20}

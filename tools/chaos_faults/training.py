@@ -1,4 +1,4 @@
-"""`hybridrl train` in its own process: its output, its child processes, and its files."""
+"""Runs `hybridrl train` in its own process, and reads its output, processes and files."""
 
 import os
 import queue
@@ -21,17 +21,17 @@ from hybridrl.run_dir.ledger import read_ledger
 
 ROOT = Path(__file__).parent.parent.parent
 START_S = 240.0
-"""Timeout of the start of a run, on a machine that is busy with other things too."""
+"""Timeout of the start of a run, long enough for a machine that is busy with other work."""
 
 
 @dataclass(slots=True)
 class Training:
-    """A process that trains."""
+    """A running `hybridrl train`, and the lines of its output."""
 
     process: subprocess.Popen[str]
     run_dir: Path
     lines: list[tuple[float, str]] = field(default_factory=list)  # (time.time(), text)
-    # lines that were not yet read by `until` or `ended`; None: the output has ended
+    # lines that `until` and `ended` have not read yet; None: the output has ended
     arriving: queue.SimpleQueue[tuple[float, str] | None] = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class Training:
         """Wait for a new line that matches a regular expression; returns its time.time().
 
         Raises:
-            TimeoutError: there was none in time, or the run ended first.
+            TimeoutError: no such line came within limit_s, or the run ended first.
         """
         end = time.monotonic() + limit_s
         while (remaining_s := end - time.monotonic()) > 0:
@@ -66,10 +66,11 @@ class Training:
         raise TimeoutError(f"no {pattern!r} within {limit_s:g} s: {self.tail()}")
 
     def ended(self, limit_s: float) -> int:
-        """Wait for the end of the run and read its output; returns the exit status.
+        """Wait for the end of the run and read the rest of its output; returns the exit status.
 
         Raises:
-            TimeoutError: it did not end in time.
+            TimeoutError: the run did not end within limit_s, or its output is still open 30 s
+                later.
         """
         try:
             status = self.process.wait(limit_s)
@@ -91,13 +92,14 @@ class Training:
         return " / ".join(text for _, text in self.lines[-5:])
 
     def printed(self, pattern: str) -> bool:
-        """Whether a line that was read matches a regular expression."""
+        """Whether any line that was read so far matches a regular expression."""
         return any(re.search(pattern, text) for _, text in self.lines)
 
     def pid(self, worker: str) -> int:
-        """The process of a worker, e.g. of rollout/1, not one of its children.
+        """The process id of a worker, e.g. of rollout/1.
 
-        It is the process whose output goes to the worker's log; process titles are not reliable.
+        The worker is found by its log file, to which its output goes, because process titles are
+        not reliable. Its children write to the same file; the result is their common ancestor.
         """
         log = str(self.run_dir / "logs" / f"{worker.replace('/', '-')}.log")
         parents = {pid: parent for pid, parent in processes().items() if output_of(pid) == log}
@@ -126,7 +128,7 @@ def processes() -> dict[int, int]:
 
 
 def output_of(pid: int) -> str | None:
-    """The file to which the output of a process goes; None: it has ended."""
+    """The file to which a process writes its output; None: the process has ended."""
     try:
         return os.readlink(f"/proc/{pid}/fd/1")
     except OSError:
@@ -141,14 +143,14 @@ def training(
     env: Mapping[str, str] | None = None,
     within: Sequence[str] = (),
 ) -> Iterator[Training]:
-    """A run, which is killed with all its processes at the end of the `with` block.
+    """Start a run, and kill it with all its processes at the end of the `with` block.
 
     Args:
         overrides: its settings.
         run_dir: its run.dir.
-        points: of HYBRIDRL_FAILPOINTS.
+        points: the value of HYBRIDRL_FAILPOINTS.
         env: further variables of its environment.
-        within: a command that runs the command that follows it.
+        within: a command that is put in front of the run's command and executes it.
     """
     variables = {
         **os.environ,
@@ -206,7 +208,7 @@ def usage(pid: int) -> tuple[float, int]:
 
 
 def state_at(run_dir: Path, step: int) -> object | None:
-    """Weights and controller state of a checkpoint; None: it does not exist, or is damaged."""
+    """Weights and controller state of a checkpoint; None: the checkpoint is absent or damaged."""
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     try:
         state = read_checkpoint(folder).state
@@ -223,7 +225,7 @@ def steps_saved(run_dir: Path) -> list[int]:
 
 
 def uids(run_dir: Path, steps: int) -> Counter[str]:
-    """How often a run used each prompt, up to a step."""
+    """How often a run has trained on or passed over each prompt up to a step, by its ledger."""
     return Counter(
         uid
         for row in read_ledger(run_dir)
@@ -233,7 +235,9 @@ def uids(run_dir: Path, steps: int) -> Counter[str]:
 
 
 def prompts_against(run_dir: Path, clean: Path, steps: int) -> tuple[int, int]:
-    """(prompts lost, prompts used twice) up to a step, compared with the run without a fault."""
+    """The numbers of prompts that a run has used less often, and more often, than the run without a
+    fault, up to a step.
+    """
     used = uids(run_dir, steps)
     expected = uids(clean, steps)
     return len(expected - used), len(used - expected)

@@ -1,6 +1,5 @@
-"""Faults of workers (E, W, T, L): they die, hang and fail one after another in one run.
-
-SIGTERM then ends this run (J1).
+"""Scenarios with faults of workers (E, W, T, L). In one run, workers die, hang and fail one after
+another, and SIGTERM then ends this run (J1). E3 has a run of its own.
 """
 
 import contextlib
@@ -56,8 +55,8 @@ RECOVERED_S = {
     "L1": 45.0,
     "L2": 90.0,
 }
-"""Bounds on the time from each fault until the run is as before: at least twice what a machine with
-two cores needs, which starts workers slowly.
+"""Bounds on the time from each fault until the run is as before: at least twice the time that a
+machine with two cores needs, which starts workers slowly.
 """
 ENDED_S = 8.0
 """Bound on the time from SIGTERM to the end of the run."""
@@ -65,7 +64,7 @@ ENDED_S = 8.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strike:
-    """A fault of one worker, and the lines that the run must print within a time."""
+    """A fault of one worker, and the lines that the run must then print."""
 
     description: str
     point: str | None  # a failpoint; None: a signal is sent to the worker's process
@@ -131,10 +130,10 @@ STRIKES = {
 
 
 def run(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """Cause the faults in one run.
+    """Cause the wanted faults of STRIKES, and J1, in one run.
 
-    Every failpoint is set from the start, with a file that marks it as fired; removing this file
-    arms it.
+    Every failpoint is set from the start, but is marked as fired by a file; removing the file arms
+    the failpoint.
     """
     run_dir = ground.run_dir("workers")
     armed = run_dir.with_name(f"armed-{run_dir.name}")  # a run refuses a folder with other files
@@ -214,7 +213,7 @@ def check_bounds(
 
 
 def kill_core(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
-    """E3: the engine-core process of an engine with two ranks is killed; its actor lives on."""
+    """E3: kill the engine-core process of an engine with two ranks, while its actor lives on."""
     run_dir = ground.run_dir("core")
     with training(
         [*ground.overrides, "rollout.engines=1", "rollout.tensor_parallel=2"], run_dir
@@ -252,7 +251,7 @@ def kill_core(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
 
 
 def terminate(ground: Ground, under_way: Training) -> Callable[[], Finding]:
-    """J1: SIGTERM, then the same command again; returns a function that judges it."""
+    """J1: send SIGTERM, then run the same command again; returns a function that judges both."""
     family = under_way.family()
     at = kill(under_way.process.pid, signal.SIGTERM)
     status = under_way.ended(60)
@@ -282,10 +281,10 @@ def terminate(ground: Ground, under_way: Training) -> Callable[[], Finding]:
 
 
 def alive_after(pids: list[int], limit_s: float, besides: str = "(?!)") -> list[int]:
-    """The processes that still run after a time; returns earlier if all have ended.
+    """Wait until all processes have ended, but at most limit_s; returns those that still run.
 
     Args:
-        besides: a regular expression of command lines of processes to ignore.
+        besides: a regular expression of the command lines of processes to ignore.
     """
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
@@ -297,7 +296,7 @@ def alive_after(pids: list[int], limit_s: float, besides: str = "(?!)") -> list[
 
 
 def name(pid: int) -> str:
-    """The command line of a process; empty: it has ended."""
+    """The command line of a process, its words separated by NUL; empty: the process has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_text()
     return ""

@@ -1,1 +1,1 @@
-"""What a first run on GPUs has to show, step by step: `tools/gpu_proof`."""
+"""The checks of a first run on GPUs, step by step; `tools/gpu_proof` runs them."""

@@ -76,7 +76,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def listed_steps() -> Iterator[str]:
-    """Each step and what all of its parts need."""
+    """Yield the lines of the help text that list each step and what all of its parts need."""
     yield "steps:"
     for step in STEPS:
         yield f"  {step.number}  {step.title}"
@@ -94,7 +94,7 @@ def run_step(step: Step, ground: Ground, machine: dict[str, Any]) -> StepResult:
 
 
 def run(part: Part, ground: Ground, machine: dict[str, Any]) -> PartResult:
-    """Run one part and print its checks as they are made."""
+    """Run one part, and print each of its checks as soon as it is made."""
     started = time.monotonic()
     checks = []
     for check in checks_of(part, ground, machine):
@@ -117,7 +117,10 @@ def checks_of(part: Part, ground: Ground, machine: dict[str, Any]) -> Iterator[C
 
 
 def line(check: Check) -> str:
-    """Example: "pass     gradients, hidden states, bfloat16: 0.0025, at most 0.0078"."""
+    """The line that the console prints for a check.
+
+    Example: "pass     gradients, hidden states, bfloat16: 0.0025, at most 0.0078".
+    """
     verdict = "FAIL" if check.verdict is Verdict.failed else str(check.verdict)
     clauses = [clause for clause in (shown(check.value, check.unit), expected(check)) if clause]
     if check.verdict in (Verdict.failed, Verdict.not_run):

@@ -9,7 +9,7 @@ class Verdict(StrEnum):
     passed = "pass"
     failed = "fail"
     not_run = "not run"
-    figure = "figure"  # a number for which nothing is expected
+    figure = "figure"  # a number without an expected value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,11 +19,11 @@ class Check:
     name: str
     verdict: Verdict
     value: float | None = None  # None: nothing was measured, or it is not finite
-    low: float | None = None  # the least that passes; None: no limit
-    high: float | None = None  # the most that passes; None: no limit
+    low: float | None = None  # the smallest value that passes; None: no limit
+    high: float | None = None  # the largest value that passes; None: no limit
     unit: str = ""
-    # why these limits were chosen; of a check that was not run: what is missing; of one that broke
-    # off: the error
+    # why these limits were chosen; if the check was not run: what is missing; if it broke off: the
+    # error
     reason: str = ""
 
 
@@ -36,7 +36,7 @@ def within(
     unit: str = "",
     reason: str,
 ) -> Check:
-    """A check that passes where low <= value <= high. A value that is not finite fails."""
+    """A check that passes if low <= value <= high, and fails if the value is not finite."""
     if not math.isfinite(value):
         return failed(name, f"the value is {value}; {reason}")
     passes = (low is None or value >= low) and (high is None or value <= high)
@@ -52,12 +52,12 @@ def within(
 
 
 def holds(name: str, condition: bool, reason: str) -> Check:
-    """A check of something that is true or false."""
+    """A check that passes if a condition is true."""
     return Check(name=name, verdict=Verdict.passed if condition else Verdict.failed, reason=reason)
 
 
 def figure(name: str, value: float, unit: str, reason: str = "") -> Check:
-    """A number for which nothing is expected."""
+    """A check without an expected value; it fails if the value is not finite."""
     if not math.isfinite(value):
         return failed(name, f"the value is {value}")
     return Check(name=name, verdict=Verdict.figure, value=value, unit=unit, reason=reason)

@@ -1,6 +1,6 @@
-"""A description of this machine's GPUs and software: `python -m gpu_checks.devices` prints it.
+"""Describes this machine's GPUs and software: `python -m gpu_checks.devices` prints them as JSON.
 
-It runs in a process of its own, because torch holds memory of a GPU once it has looked at it.
+This runs in its own process, because torch holds memory of a GPU from its first use of it.
 """
 
 import json
@@ -16,7 +16,7 @@ LIMIT_S = 60.0
 
 
 def description() -> dict[str, Any]:
-    """The machine as benchmarks.machine describes it, and each GPU by nvidia-smi and by torch."""
+    """The description of benchmarks.machine, and each GPU as nvidia-smi and torch describe it."""
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -37,7 +37,7 @@ def description() -> dict[str, Any]:
 
 
 def nvidia_smi(*arguments: str) -> str | None:
-    """What it prints; None: there is none, or it fails."""
+    """The output of nvidia-smi; None: it does not exist, fails, or takes longer than LIMIT_S."""
     if shutil.which("nvidia-smi") is None:
         return None
     try:
@@ -50,10 +50,10 @@ def nvidia_smi(*arguments: str) -> str | None:
 
 
 def this_machine() -> dict[str, Any]:
-    """The description, made by another process.
+    """The description of this machine, made by another process.
 
     Raises:
-        RuntimeError: torch cannot be imported, or fails to look at the GPUs.
+        RuntimeError: torch cannot be imported, or cannot query the GPUs.
     """
     command = [sys.executable, "-m", "gpu_checks.devices"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

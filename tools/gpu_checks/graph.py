@@ -14,24 +14,28 @@ from gpu_checks.check import Check, figure, holds, not_run, within
 from gpu_checks.ground import Ground
 from gpu_checks.rounding import GAP_REASON, largest, logprob_gap, of_layers
 
-LIMIT_S = 900.0  # of one run
+LIMIT_S = 900.0  # timeout of one run
 STEPS = 5
 STEPS_ON_CPU = 2
 SYNC_S = 1.0
-"""A sync of the tiny model, 3 MB. NCCL over sockets, or a rank that waits, takes longer."""
+"""Bound on a weight sync of the tiny model, 3 MB. A sync takes longer if NCCL uses sockets or a
+rank waits.
+"""
 GAPS = {
     "policy/logprob_gap": "learner against engine, sampled tokens",
     "policy/probe_gap": "learner against engine, right after each sync",
 }
 ON_ONE_GPU = ("cluster.colocate=true", "rollout.gpu_memory_utilization=0.3")
-"""Learner, engine and teacher share it."""
+"""Settings with which learner, engine and teacher share one GPU."""
 IN_TURNS = (
     "cluster.colocate=true",
     "cluster.take_turns=true",
     "rollout.gpu_memory_utilization=0.7",
     "checkpoint.every=2",
 )
-"""They share it, and the engine sleeps while the learner works. 0.7 is refused without turns."""
+"""Settings with which they share one GPU in turns: the engine sleeps while the learner works. A
+memory share of 0.7 would be refused without turns.
+"""
 ON_SEVERAL = (
     "rollout.weight_transfer=nccl",
     "rollout.max_logprob_gap=0.1",  # the experiment's own is for float32
@@ -40,17 +44,17 @@ ON_SEVERAL = (
     "model.dtype=bfloat16",
     "checkpoint.every=2",
 )
-"""Two learner ranks, one engine and one teacher."""
+"""Settings of a run on four GPUs: two learner ranks, one engine and one teacher."""
 ONE_LOST = ("learner.ranks=1", "rollout.engines=2")
-"""In the place of two ranks and one engine; one of the engines dies in its first wave."""
+"""Changes of ON_SEVERAL: one rank and two engines, of which one dies in its first wave."""
 DIVIDED = ("learner.ranks=1", "++teachers.main.devices=2")
-"""In the place of two ranks; the teacher has two GPUs."""
+"""Changes of ON_SEVERAL: one rank, and a teacher that is divided over two GPUs."""
 IN_ENGINE = (
     "learner.ranks=1",
     "++teachers.main.engine={tensor_parallel_size: 2}",
     "++teachers.main.evidence=drawn",
 )
-"""In the place of two ranks; an engine of vLLM over two GPUs scores."""
+"""Changes of ON_SEVERAL: one rank, and a vLLM engine over two GPUs that scores for the teacher."""
 ADAPTERS = ("lora.rank=8", "lora.dropout=0.1")
 TRAINS_JUDGE = (
     "algorithm=reward_model",
@@ -60,23 +64,23 @@ TRAINS_JUDGE = (
     "eval.teacher=false",
 )
 HAS_JUDGE = ("algorithm=rloo", "reward.gpus=1", "+reward.functions.judge.function=reward_model")
-"""A reward model with a GPU of its own, beside a learner of two ranks and an engine."""
+"""Changes of ON_SEVERAL: a reward model with its own GPU instead of a teacher."""
 GPUS = 4
 WITHOUT_EVALUATION = ("eval.every=0", "eval.teacher=false", "checkpoint.every=0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a run left."""
+    """The exit status, output and metrics of a run."""
 
     name: str
-    status: int  # of its process; -1: it was ended after LIMIT_S
+    status: int  # the exit status of its process; -1: it was stopped after LIMIT_S
     output: str
-    rows: list[dict[str, float]]  # metrics.jsonl
+    rows: list[dict[str, float]]  # the rows of metrics.jsonl
 
 
 def object_store(ground: Ground) -> Iterator[Check]:
-    """One GPU, or none; the weights go through Ray's object store."""
+    """Check a run on one GPU, or on a CPU, whose weights go through Ray's object store."""
     name = "object_store"
     if ground.on_gpu:
         run = train(ground, name, STEPS, *ON_ONE_GPU, "rollout.weight_transfer=object_store")
@@ -87,13 +91,13 @@ def object_store(ground: Ground) -> Iterator[Check]:
 
 
 def ipc(ground: Ground) -> Iterator[Check]:
-    """One GPU; the weights stay on it."""
+    """Check a run on one GPU whose weights are sent by CUDA IPC."""
     run = train(ground, "ipc", STEPS, *ON_ONE_GPU, "rollout.weight_transfer=ipc")
     yield from run_checks(run, STEPS, "float32", "ipc")
 
 
 def turns(ground: Ground) -> Iterator[Check]:
-    """As object_store and as ipc, with an engine that sleeps while the learner works."""
+    """Check the runs of object_store and ipc with an engine that sleeps while the learner works."""
     transfers = ("object_store", "ipc") if ground.on_gpu else ("object_store",)
     for transfer in transfers:
         name = f"turns-{transfer}"
@@ -110,7 +114,7 @@ def turns(ground: Ground) -> Iterator[Check]:
 
 
 def nccl(ground: Ground) -> Iterator[Check]:
-    """Several GPUs, then the same command again, which has nothing left to do."""
+    """Check a run on several GPUs, then the same command again, which has nothing left to do."""
     run = train(ground, "nccl", STEPS, *ON_SEVERAL)
     yield from run_checks(run, STEPS, "bfloat16", "nccl")
     again = train(ground, "nccl", STEPS, *ON_SEVERAL, again=True)
@@ -122,8 +126,8 @@ def nccl(ground: Ground) -> Iterator[Check]:
 
 
 def lost_engine(ground: Ground) -> Iterator[Check]:
-    """As nccl, with two engines; one dies as it begins to sample, and NCCL's group is formed anew,
-    first without it and then with the one in its place.
+    """Check the run of nccl with two engines, of which one dies when it begins to sample. The NCCL
+    group is formed again, first without this engine and then with its replacement.
     """
     name = "nccl-lost-engine"
     once = ground.root / "an_engine_was_killed"
@@ -139,7 +143,7 @@ def lost_engine(ground: Ground) -> Iterator[Check]:
 
 
 def teachers(ground: Ground) -> Iterator[Check]:
-    """As nccl, with a teacher over two GPUs: by FSDP2, then by an engine of vLLM."""
+    """Check the run of nccl with a teacher over two GPUs: by FSDP2, then in a vLLM engine."""
     run = train(ground, "nccl-divided-teacher", STEPS, *ON_SEVERAL, *DIVIDED)
     yield from run_checks(run, STEPS, "bfloat16", "nccl")
     yield same_first_loss(ground, run)
@@ -148,7 +152,7 @@ def teachers(ground: Ground) -> Iterator[Check]:
 
 
 def adapters(ground: Ground) -> Iterator[Check]:
-    """As nccl, with adapters: merged for the engines, then by themselves."""
+    """Check the run of nccl with adapters that are sent merged into the weights, then alone."""
     run = train(ground, "nccl-adapters", STEPS, *ON_SEVERAL, *ADAPTERS)
     yield from run_checks(run, STEPS, "bfloat16", "nccl")
     alone = ("lora.sync=adapter", "rollout.weight_transfer=auto")
@@ -157,7 +161,7 @@ def adapters(ground: Ground) -> Iterator[Check]:
 
 
 def judge(ground: Ground) -> Iterator[Check]:
-    """Train a reward model, then learn from it on a GPU of its own."""
+    """Train a reward model, then check a run that learns from it, with the model on its own GPU."""
     trained = train(ground, "reward-model", STEPS_ON_CPU, *TRAINS_JUDGE)
     yield holds(
         "reward-model: ends without an error",
@@ -178,7 +182,7 @@ def judge(ground: Ground) -> Iterator[Check]:
 
 
 def offload(ground: Ground) -> Iterator[Check]:
-    """As nccl, with a part of the learner in host memory."""
+    """Check the run of nccl with a part of the learner's state in host memory."""
     for what in ("optimizer", "parameters"):
         name = f"nccl-offload-{what}"
         run = train(ground, name, STEPS, *ON_SEVERAL, f"learner.offload={what}")
@@ -187,7 +191,7 @@ def offload(ground: Ground) -> Iterator[Check]:
 
 
 def flash_attention(ground: Ground) -> Iterator[Check]:
-    """As nccl, with flash-attn in learner and scorer."""
+    """Check the run of nccl with flash-attn in learner and scorer."""
     name = "nccl-flash-attention"
     run = train(ground, name, STEPS, *ON_SEVERAL, "model.attention=flash_attention_2")
     yield from run_checks(run, STEPS, "bfloat16", "nccl")
@@ -195,7 +199,7 @@ def flash_attention(ground: Ground) -> Iterator[Check]:
 
 
 def two_nodes(ground: Ground) -> Iterator[Check]:
-    """As nccl, with the workers of each group on different nodes."""
+    """Check the run of nccl with the workers of each group on different nodes."""
     nodes = gpus_of_nodes()
     if len(nodes) < 2 or sum(nodes) < GPUS:
         yield not_run(
@@ -217,7 +221,7 @@ def two_nodes(ground: Ground) -> Iterator[Check]:
 
 
 def gpus_of_nodes() -> list[int]:
-    """The GPUs of each node of the Ray cluster at RAY_ADDRESS that has some."""
+    """The number of GPUs of each node with GPUs in the Ray cluster at RAY_ADDRESS."""
     import ray
 
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
@@ -238,12 +242,12 @@ def train(
     again: bool = False,
     fault: str = "",
 ) -> Run:
-    """Run `hybridrl train experiment=quickstart` in a process of its own.
+    """Run `hybridrl train experiment=quickstart` in its own process.
 
     Args:
-        folder: that holds its run.dir; None: the one of the proof.
-        again: continue the run of this name; else one that an earlier call left is removed.
-        fault: a failpoint, as in hybridrl.core.failpoints.
+        folder: the folder for its run.dir; None: the folder of the proof.
+        again: continue the run of this name; False: remove a run that an earlier call left.
+        fault: a failpoint in the form of hybridrl.core.failpoints.
     """
     run_dir = (folder or ground.root) / "runs" / name
     if not again:
@@ -266,7 +270,9 @@ def train(
 
 
 def completed(arguments: Sequence[str], output: int, fault: str = "") -> int:
-    """The exit status of the command `hybridrl`; -1: it was stopped after LIMIT_S."""
+    """Run the command `hybridrl`; returns its exit status, or -1 if it was stopped after
+    LIMIT_S.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "hybridrl.cli", *arguments],
         stdout=output,
@@ -276,7 +282,7 @@ def completed(arguments: Sequence[str], output: int, fault: str = "") -> int:
     try:
         return process.wait(LIMIT_S)
     except subprocess.TimeoutExpired:
-        process.terminate()  # it ends its workers
+        process.terminate()  # upon which the run ends its workers
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
@@ -294,7 +300,7 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
 
 
 def run_checks(run: Run, steps: int, dtype: str, transfer: str) -> Iterator[Check]:
-    """What every run must show: all steps, weights that arrive, and no older ones."""
+    """The checks of every run: all steps were made, weights arrive, and no older ones are used."""
     yield holds(
         f"{run.name}: ends without an error",
         run.status == 0,
@@ -326,7 +332,7 @@ def run_checks(run: Run, steps: int, dtype: str, transfer: str) -> Iterator[Chec
         reason="schedule=sync samples with the newest weights",
     )
     sync_s = median(row["time/sync_s"] for row in rows)
-    if "time/turn_s" in rows[0]:  # memory that changes hands is a part of it
+    if "time/turn_s" in rows[0]:  # with turns, time/sync_s contains the release of memory
         yield figure(f"{run.name}: weight sync", sync_s, "s", "median, turns included")
     else:
         yield within(
@@ -343,10 +349,10 @@ def run_checks(run: Run, steps: int, dtype: str, transfer: str) -> Iterator[Chec
 def same_first_loss(
     ground: Ground, run: Run, other: str = "nccl", dtype: str = "bfloat16"
 ) -> Check:
-    """The first loss, before any weight moved, is that of another run."""
+    """The check that the first loss, before any update, equals that of the run `other`."""
     name = f"{run.name}: first loss, as of {other}"
     losses = [
-        [row["train/loss"] for row in rows if "train/loss" in row]  # no evaluation's
+        [row["train/loss"] for row in rows if "train/loss" in row]  # rows of evaluations have none
         for rows in (run.rows, metrics_of(ground.root / "runs" / other))
     ]
     if not all(losses):

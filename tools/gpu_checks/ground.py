@@ -1,4 +1,4 @@
-"""Where the checks run: the device, the folder, and what the user gave."""
+"""The options of the checks: the device, the folders and the user's models."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -7,13 +7,13 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ground:
-    """Passed to the process of each part as JSON."""
+    """The options of the checks, which are passed to the process of each part as JSON."""
 
     device: str  # cuda, or cpu for a reduced form of steps 1 to 3
-    folder: str  # for runs, logs and results
-    model: str | None = None  # a student for the comparison with the plan; None: a shipped one
+    folder: str  # the folder for runs, logs and results
+    model: str | None = None  # a student for the comparison with the plan; None: a shipped model
     teacher: str | None = None  # its teacher; None: the student before training
-    shared: str | None = None  # a folder that all nodes of a cluster see
+    shared: str | None = None  # a folder that all nodes of a cluster can access
 
     @property
     def on_gpu(self) -> bool:

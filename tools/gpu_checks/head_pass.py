@@ -1,4 +1,4 @@
-"""The head pass against fp64: gradients and values, for every kind of evidence about a teacher."""
+"""Compares gradients and values of the head pass with fp64, for every kind of teacher evidence."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,9 +27,9 @@ from hybridrl.settings.choices import Correction, Divergence, Ratio
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ON_GPU = Shape(rows=96, width=512, teacher_width=384, vocabulary=32003)
 ON_CPU = Shape(rows=48, width=64, teacher_width=48, vocabulary=1031)
-"""The vocabularies are primes: the last block of a row is never full."""
-PADDING = 5  # rows of the teacher's output embedding past the student's vocabulary
-K = 16  # tokens of a support
+"""The vocabularies are primes, so the last block of a row is never full."""
+PADDING = 5  # rows of the teacher's output embedding beyond the student's vocabulary
+K = 16  # number of tokens in a support
 FORMS = (
     "no teacher",
     "hidden states",
@@ -43,7 +43,7 @@ TEMPERATURE = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What one head pass gives."""
+    """The results of one head pass, of N rows, V tokens and the student's width Hs."""
 
     d_hidden: Tensor  # [N, Hs]
     d_head: Tensor  # [V, Hs]
@@ -52,7 +52,9 @@ class Result:
 
 
 def numerics(ground: Ground) -> Iterator[Check]:
-    """The largest errors of each kind of evidence in each dtype, over divergences and inputs."""
+    """Check the largest errors of each kind of evidence in each dtype, over divergences and
+    inputs.
+    """
     shape = ON_GPU if ground.on_gpu else ON_CPU
     yield written_formula()
     for dtype, form in product(DTYPES, FORMS):
@@ -85,8 +87,8 @@ def gradient_reason(dtype: str) -> str:
 def largest_errors(form: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple[float, float]:
     """The largest relative errors of gradients and of values against fp64 on the CPU.
 
-    The teacher is once independent of the student and once near it, where rounded logits would
-    show.
+    Each divergence is computed twice: with a teacher that is independent of the student, and with
+    one that is close to it, where rounded logits would cause large errors.
     """
     errors = [
         case_errors(form, shape, dtype, device, divergence, peaked=peaked)
@@ -107,7 +109,7 @@ def case_errors(
 ) -> tuple[float, float]:
     p = problem(shape, dtype, "cpu", peaked=peaked)
     rule = HeadRule(
-        chunk=40,  # two chunks and a rest
+        chunk=40,  # does not divide the number of rows, so the last chunk is smaller
         measure=Measure(divergence=divergence, beta=BETA),
         ratio=RatioBounds(kind=Ratio.truncate, low=0.5, high=2.0),
         temperature=TEMPERATURE,
@@ -130,8 +132,8 @@ def gradient_error(found: Result, exact: Result) -> float:
 
 
 def value_error(found: Result, exact: Result, columns: TokenColumns) -> float:
-    """The largest error of log-probs, divergences, entropies and loss in log-probs, of which all of
-    them are sums: a divergence itself may be near 0.
+    """The largest error of log-probs, divergences, entropies and loss, relative to the norm of the
+    log-probs. All of these values are sums of log-probs, but a divergence itself may be near 0.
     """
     logprobs = exact.stats.logprobs
     of_tokens = [
@@ -146,7 +148,7 @@ def value_error(found: Result, exact: Result, columns: TokenColumns) -> float:
 def run_pass(
     p: Problem, teachers: tuple[Teacher, ...], columns: TokenColumns, rule: HeadRule
 ) -> Result:
-    """The pass on the device and in the dtype of `p`."""
+    """Run the head pass on the device and in the dtype of `p`, and its backward pass."""
     like = p.hidden
     wide = torch.float64 if like.dtype is torch.float64 else None
     columns = columns.to(like.device)
@@ -161,7 +163,7 @@ def run_pass(
 
 
 def placed(teacher: Teacher, device: torch.device, dtype: torch.dtype | None) -> Teacher:
-    """The teacher on another device, its numbers in another dtype; None: in their own."""
+    """The teacher on another device, with its values in `dtype`; None: in their own dtypes."""
     of_tokens = teacher.to(device)
     changes = {
         name: value.to(device=device, dtype=dtype)
@@ -172,7 +174,7 @@ def placed(teacher: Teacher, device: torch.device, dtype: torch.dtype | None) ->
 
 
 def columns_of(p: Problem) -> TokenColumns:
-    """Costs, weights and sampler log-probs of each token; every seventh token has weight 0."""
+    """Columns with costs, weights and sampler log-probs; every seventh token has weight 0."""
     count = len(p.ids)
     g = torch.Generator().manual_seed(1)
     weight = torch.rand(count, generator=g) / count
@@ -191,7 +193,7 @@ def columns_of(p: Problem) -> TokenColumns:
 
 
 def teachers_of(form: str, p: Problem) -> tuple[Teacher, ...]:
-    """The teachers of one form of evidence, on the CPU."""
+    """The teachers of one of FORMS, on the CPU."""
     count = len(p.ids)
     weight = torch.full((count,), 0.75)
     padding = p.teacher_head.new_full((PADDING, p.teacher_head.shape[1]), 9.0)
@@ -225,12 +227,12 @@ def widened(p: Problem) -> Problem:
 
 
 def leaf(tensor: Tensor) -> Tensor:
-    """A copy whose gradient is its own."""
+    """A copy of a tensor that is a leaf of autograd's graph."""
     return tensor.detach().clone().requires_grad_()
 
 
 def error(found: Tensor, exact: Tensor, scale: Tensor | None = None) -> float:
-    """The norm of the difference over that of `scale`; None: of the exact numbers."""
+    """The norm of the difference over the norm of `scale`; None: over that of `exact`."""
     norm = float((exact if scale is None else scale).norm())
     return float((found.detach().cpu().double() - exact).norm()) / norm
 
@@ -239,13 +241,13 @@ def error(found: Tensor, exact: Tensor, scale: Tensor | None = None) -> float:
 
 
 def near_teacher(shape: Shape, dtype: torch.dtype, device: str, *, exact: bool = True) -> Check:
-    """The dense gradient alone, of a student near its teacher.
+    """Check the dense gradient alone, of a student near its teacher.
 
-    There it is a small difference of large logits, and the error of these is enlarged by their
-    condition number. Rounded to bfloat16 they would leave an error of several percent.
+    There it is a small difference of large logits, which multiplies their error by the condition
+    number. Logits that were rounded to bfloat16 would cause an error of several percent.
 
     Args:
-        exact: logits on a CPU are computed by float32 products, as they always are on a GPU.
+        exact: compute logits on a CPU by float32 products, as is always done on a GPU.
     """
     p = problem(shape, dtype, "cpu", peaked=True)
     columns = columns_of(p).without_sparse()
@@ -265,7 +267,9 @@ def near_teacher(shape: Shape, dtype: torch.dtype, device: str, *, exact: bool =
 
 
 def condition(p: Problem) -> float:
-    """The norm of p (|log p| + |log q|) over that of p (log p - log q - KL), at the logits."""
+    """The condition number of the dense gradient at the logits: the norm of p (|log p| + |log q|)
+    over that of p (log p - log q - KL).
+    """
     logp, logq = (
         torch.log_softmax(hidden.detach().double() @ head.detach().double().T / TEMPERATURE, -1)
         for hidden, head in ((p.hidden, p.lm_head), (p.teacher_hidden, p.teacher_head))
@@ -280,9 +284,9 @@ def condition(p: Problem) -> float:
 
 
 def written_formula() -> Check:
-    """The pass in fp64 against autograd of the formula as torch's own losses write it.
+    """Check the pass in fp64 against autograd of the formula, written with torch's own losses.
 
-    So the numbers that the other checks call exact do not come from this project alone.
+    The other checks take the pass in fp64 as exact; this one does not rely on this project.
     """
     errors = []
     for divergence in Divergence:
@@ -305,7 +309,7 @@ def written_formula() -> Check:
 
 
 def formula(hidden: Tensor, p: Problem, columns: TokenColumns, divergence: Divergence) -> Tensor:
-    """sum_rows token_weight (w D(p, q) + G log p(y)) of one teacher of weight 0.75."""
+    """The loss sum_rows token_weight (w D(p, q) + G log p(y)) of one teacher of weight w = 0.75."""
     logp = torch.log_softmax(hidden @ p.lm_head.detach().T / TEMPERATURE, -1)
     logq = torch.log_softmax(
         p.teacher_hidden.double() @ p.teacher_head.double().T / TEMPERATURE, -1
@@ -325,5 +329,5 @@ def formula(hidden: Tensor, p: Problem, columns: TokenColumns, divergence: Diver
 
 
 def relative_entropy(log_of: Tensor, log_from: Tensor) -> Tensor:
-    """[N] KL(of || from), by torch."""
+    """[N] KL(of || from) of two distributions, given as log-probs [N, V], by torch."""
     return F.kl_div(log_from, log_of, reduction="none", log_target=True).sum(-1)

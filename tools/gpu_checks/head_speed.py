@@ -1,5 +1,5 @@
-"""Time and memory of the head pass, against autograd, torch.compile and Liger, as `tools/bench
-head` measures them.
+"""Compares time and memory of the head pass with autograd, torch.compile and Liger, as measured by
+`tools/bench head`.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -20,20 +20,25 @@ OTHERS = {
     "Liger JSDLoss + GRPOLoss bf16 hybrid": "it makes two passes over the vocabulary for the two "
     "terms",
 }
-"""Variants that compute the same, and why ours should take no longer."""
+"""Variants that compute the same loss, and the reason why ours should take no longer."""
 PUBLISHED = {
     ("Liger FusedLinearJSDLoss bf16 dense", 1024): 8.3,
     ("Liger FusedLinearJSDLoss bf16 dense", 8192): 60.7,
 }
-"""Milliseconds on an H100 80GB HBM3 by Liger's own benchmark data, of version 0.4.2."""
+"""Milliseconds by variant and number of tokens, on an H100 80GB HBM3, from Liger's own benchmark
+data of version 0.4.2.
+"""
 CHUNK = 1024  # rows at once, train.head_chunk
 MATRIX_BYTES = 4 + 4 + 2
-"""Of each token of a chunk and of the vocabulary: logits of student and teacher in float32, and the
-gradient in bfloat16."""
-ROW_BYTES = 28 + 2  # read and written by the kernels of kernels/triton_rows.py
+"""Bytes for each pair of a row of a chunk and a token of the vocabulary: the logits of student and
+teacher in float32, and the gradient in bfloat16.
+"""
+ROW_BYTES = 28 + 2  # bytes of such a pair that the kernels of kernels/triton_rows.py read and write
 SLOWER = 1.5
-"""A kernel that reaches two thirds of the rates that single products and copies reach."""
-SPARE = 1.1  # blocks of the allocator, and the products' own workspace
+"""Bound on our time over its floor: our kernels must reach two thirds of the rates of single
+products and copies.
+"""
+SPARE = 1.1  # for the rounding of the allocator, and the workspace of the products
 
 SHAPES = {
     "cuda": [
@@ -41,11 +46,11 @@ SHAPES = {
     ],
     "cpu": [Shape(rows=64, width=64, teacher_width=64, vocabulary=1024)],
 }
-"""On a GPU those of Llama 3 8B."""
+"""The shapes by device; on a GPU those of Llama 3 8B."""
 
 
 def speed(ground: Ground) -> Iterator[Check]:
-    """The figures of every variant, and the limits of ours."""
+    """Yield the figures of every variant, and the checks of our pass."""
     square = head.square_rate(ground.device)
     bandwidth = copy_rate(ground.device)
     for name, rate in square.items():
@@ -64,9 +69,7 @@ def options() -> Namespace:
 
 
 def figures(result: Mapping[str, Any]) -> Iterator[Check]:
-    """Milliseconds and extra memory of every variant; of one that could not be measured the
-    reason.
-    """
+    """Yield milliseconds and extra memory of every variant, or why it could not be measured."""
     seconds = medians({name: row["seconds"] for name, row in result["variants"].items()})
     for name, row in result["variants"].items():
         reason = f"{row['extra_bytes'] / 2**20:.0f} MiB besides the gradients"
@@ -78,7 +81,7 @@ def figures(result: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def limits(result: Mapping[str, Any], floor: float, ground: Ground) -> Iterator[Check]:
-    """The time of our pass against its floor, autograd and Liger, and its memory."""
+    """Check the time of our pass against its floor, autograd and Liger, and its memory."""
     rows = result["rows"]
     variants = result["variants"]
     title = f"{OURS}, {rows} tokens"
@@ -125,12 +128,14 @@ def expected_bytes(result: Mapping[str, Any]) -> int:
 
 
 def floor_s(shape: Shape, flop_s: float, bytes_s: float) -> float:
-    """Seconds of the products that any exact method needs, and of our passes over the rows."""
+    """A lower bound in seconds: the products that any exact method needs, at flop_s, and the memory
+    traffic of our kernels, at bytes_s.
+    """
     return shape.flop / flop_s + ROW_BYTES * shape.rows * shape.vocabulary / bytes_s
 
 
 def copy_rate(device: str) -> float:
-    """Bytes/s of a large copy, read and written; the best of 5."""
+    """The bytes that a large copy reads and writes per second, the best of 5."""
     source = torch.ones(2**28 if device == "cuda" else 2**22, device=device)
     target = torch.empty_like(source)
 

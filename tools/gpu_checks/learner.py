@@ -1,6 +1,6 @@
-"""Learner and scorer with DeepSpeed, without Ray and vLLM: one rank and the tiny model.
+"""Checks learner and scorer with DeepSpeed, without Ray and vLLM: one rank and the tiny model.
 
-The environment of a worker is set before anything imports DeepSpeed.
+The environment variables of a worker are set before anything imports DeepSpeed, which reads them.
 """
 
 import json
@@ -40,8 +40,9 @@ def set_environment(device: str, dtype: str) -> None:
 
 
 def reference(ground: Ground) -> dict[str, list[float]]:
-    """Losses and gradient norms of three steps in float32 on a CPU, and how far the weights moved;
-    made by another process, because DeepSpeed serves one kind of device in each.
+    """Losses and gradient norms of three steps in float32 on a CPU, and how far the weights moved.
+
+    Another process computes them, because DeepSpeed serves only one kind of device in a process.
 
     Raises:
         RuntimeError: that process failed.
@@ -64,7 +65,7 @@ def main(ground: Ground) -> None:
     from gpu_checks.learner_cases import reference_steps
 
     print(json.dumps(reference_steps(ground)), flush=True)
-    os._exit(0)  # gloo's destructors abort now and then
+    os._exit(0)  # gloo's destructors sometimes abort the process
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Three optimizer steps under each ZeRO stage and offloading, a checkpoint between the second and
-the third, and the scorer's evidence against the learner's own numbers.
+"""Checks three optimizer steps under each ZeRO stage and with offloading, with a checkpoint between
+the second and the third, and the scorer's evidence against the learner's own log-probs.
 """
 
 import math
@@ -55,7 +55,7 @@ Chunk = tuple[RolloutBatch, Rewards, TokenScores]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A way to hold the student's weights and optimizer."""
+    """A ZeRO stage and the part of the learner that is offloaded."""
 
     stage: int
     offload: str
@@ -87,7 +87,7 @@ def checks(ground: Ground, dtype: str, expected: Mapping[str, list[float]]) -> I
     """All checks of one dtype.
 
     Args:
-        expected: what `reference_steps` gives.
+        expected: the result of `reference_steps` on a CPU.
     """
     for case in ON_GPU if ground.on_gpu else ON_CPU[dtype]:
         yield from case_checks(ground, dtype, case, expected)
@@ -103,7 +103,7 @@ def checks(ground: Ground, dtype: str, expected: Mapping[str, list[float]]) -> I
 def case_checks(
     ground: Ground, dtype: str, case: Case, expected: Mapping[str, list[float]]
 ) -> Iterator[Check]:
-    """Three steps against the reference, and the third one once more from a checkpoint."""
+    """Check three steps against the reference, and the third step again from a checkpoint."""
     name = case.name(dtype)
     settings = settings_of(ground, dtype, *case.overrides)
     learner = new_learner(settings, ground)
@@ -153,12 +153,13 @@ def step_checks(
 def resume_checks(
     name: str, saved: str, straight: str, again: Sequence[tuple[str, str]]
 ) -> Iterator[Check]:
-    """Bit-equality of the state that was loaded, and of the step after it.
+    """Check that the loaded state and the step after it are bit-equal to the original ones.
 
     Args:
         saved: digest of the weights when the checkpoint was written.
-        straight: after the next step.
-        again: both digests of two learners that loaded the checkpoint.
+        straight: their digest after the next step.
+        again: for each of two learners that loaded the checkpoint, the digests after loading and
+            after the next step.
     """
     (loaded, first), (_, second) = again
     yield holds(f"weights that are loaded equal those saved, {name}", loaded == saved, "by digest")
@@ -175,7 +176,7 @@ def resume_checks(
 
 
 def reference_steps(ground: Ground) -> dict[str, list[float]]:
-    """Losses, gradient norms and the distance of the weights in float32 with ZeRO 1."""
+    """Losses, gradient norms and the distance that the weights moved, in float32 with ZeRO 1."""
     settings = settings_of(ground, "float32", *ON_GPU[0].overrides)
     learner = new_learner(settings, ground)
     chunk = scored(settings, ground)
@@ -189,7 +190,7 @@ def reference_steps(ground: Ground) -> dict[str, list[float]]:
 
 
 def resumed(settings: RunSettings, ground: Ground, folder: Path, chunk: Chunk) -> tuple[str, str]:
-    """The digests of weights that a new learner loads, and after its next step."""
+    """The digests of the weights of a new learner after loading, and after its next step."""
     learner = new_learner(settings, ground)
     learner.load_state(str(folder), STEPS - 1)
     loaded = digest(learner)
@@ -222,7 +223,7 @@ def plan_of(settings: RunSettings, number: int, batch: RolloutBatch) -> UpdatePl
 
 
 def scorer_checks(ground: Ground, dtype: str, kind: str) -> Iterator[Check]:
-    """A teacher that is the student itself: its evidence must be what the learner computes."""
+    """Check the evidence of a teacher that is the student itself, which the learner can compute."""
     settings = settings_of(
         ground,
         dtype,
@@ -298,7 +299,7 @@ def scored(settings: RunSettings, ground: Ground) -> Chunk:
 
 
 def random_batch() -> RolloutBatch:
-    """Prompts of 4 to 20 random tokens and responses of 1 to 16."""
+    """A batch of prompts with 4 to 20 random tokens, and responses with 1 to 16."""
     rng = np.random.default_rng(0)
 
     def tokens(count: int) -> np.ndarray:
@@ -332,7 +333,7 @@ def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 def moved(start: Mapping[str, torch.Tensor], end: Mapping[str, torch.Tensor]) -> float:
-    """The norm of the difference of all weights."""
+    """The norm of the difference of two sets of weights, over all tensors together."""
     return math.sqrt(sum(float((end[n] - start[n]).double().square().sum()) for n in start))
 
 

@@ -1,4 +1,4 @@
-"""The proof as a page of Markdown."""
+"""Writes the proof as a page of Markdown, PROOF.md."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,7 +84,9 @@ def row(check: Check) -> str:
 
 
 def expected(check: Check) -> str:
-    """Example: "at most 0.0078", "0.83 to 1.2"."""
+    """The limits of a check in words, e.g. "at most 0.0078" or "0.83 to 1.2"; empty: it has
+    none.
+    """
     if check.low is not None and check.high is not None:
         return f"{shown(check.low)} to {shown(check.high)}"
     if check.high is not None:
@@ -93,5 +95,8 @@ def expected(check: Check) -> str:
 
 
 def shown(value: float | None, unit: str = "") -> str:
-    """Example: shown(0.00123, "x") == "0.00123 x"; nothing for None."""
+    """A number with three digits and its unit; empty for None.
+
+    Example: shown(0.00123, "x") == "0.00123 x".
+    """
     return "" if value is None else f"{value:.3g} {unit}".strip()

@@ -1,5 +1,5 @@
-"""One part of a step in a process of its own: `python -m gpu_checks.part_process NAME GROUND`
-prints a line of JSON for each check; `run_part` starts such a process and reads them.
+"""Runs each part of a step in its own process: `python -m gpu_checks.part_process NAME GROUND`
+prints a line of JSON for each check, and `run_part` starts such a process and reads these lines.
 """
 
 import importlib
@@ -22,7 +22,10 @@ MARK = "CHECK "
 
 
 def run_part(part: Part, ground: Ground) -> Iterator[Check]:
-    """The checks of a part as they are made. One that ends early gives a check that failed."""
+    """Yield the checks of a part as they are made.
+
+    If its process fails or exceeds part.limit_s, the last check is one that failed.
+    """
     logs = ground.root / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     errors = logs / f"{part.name}.err"
@@ -62,7 +65,7 @@ def run_part(part: Part, ground: Ground) -> Iterator[Check]:
 
 
 def end(process: subprocess.Popen) -> None:
-    """End the process, and those that it started and left running."""
+    """Kill the process and all others of its process group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -88,4 +91,4 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-    os._exit(0)  # gloo's destructors abort now and then
+    os._exit(0)  # gloo's destructors sometimes abort the process

@@ -1,4 +1,4 @@
-"""Peak memory and bytes of real workers against `hybridrl plan`, one row for each.
+"""Compares peak memory and bytes of real workers with `hybridrl plan`.
 
 `tools/bench plan` makes the same comparison on CPUs, with the same code.
 """
@@ -12,10 +12,11 @@ from benchmarks.plan import SMOLLM2, TINY, Case, compared, dtype_of, measured
 from gpu_checks.check import Check, failed, figure, within
 from gpu_checks.ground import Ground
 
-AIM = 1.2  # of memory: the plan is within a fifth
+AIM = 1.2  # bound on the ratio of planned and measured memory, in both directions
 LEAST_BYTES = 2**28
-"""Of a planned peak on a GPU. Below it, what torch holds besides tensors counts: 32 MiB for the
-products, and blocks that are rounded up to 2 MiB."""
+"""The smallest planned peak that is judged on a GPU. In smaller ones the memory that torch holds
+besides tensors is a large part: 32 MiB for the products, and the rounding of blocks up to 2 MiB.
+"""
 OWN_LENGTHS = (
     "rollout.max_new_tokens=512",
     "rollout.max_model_len=1024",
@@ -37,7 +38,7 @@ def rows(ground: Ground) -> Iterator[Check]:
         name = f"{case.worker}, {case.name}"
         try:
             sizes = compared(case, measured(case))
-        except (RuntimeError, ValueError, OSError) as error:  # as of one that ran out of memory
+        except (RuntimeError, ValueError, OSError) as error:  # e.g. the worker ran out of memory
             yield failed(f"plan over measured, {name}", str(error).strip()[-500:])
             continue
         for what, (planned, seen) in sizes.items():
@@ -45,7 +46,9 @@ def rows(ground: Ground) -> Iterator[Check]:
 
 
 def row_check(name: str, what: str, planned: int, seen: int, ground: Ground) -> Check:
-    """The ratio of a row: within a fifth of a peak, exact for bytes that are sent or stored."""
+    """Check the ratio of planned and measured bytes: within AIM for a peak of memory on a GPU, and
+    1 for bytes that are sent or stored.
+    """
     numbers = f"{planned / 2**20:.1f} and {seen / 2**20:.1f} MiB"
     if what != "peak":
         reason = f"{numbers}; these bytes are known exactly"
@@ -61,7 +64,9 @@ def row_check(name: str, what: str, planned: int, seen: int, ground: Ground) -> 
 
 
 def cases(ground: Ground) -> Iterator[Case]:
-    """Learner and scorer of the user's models, else of SmolLM2, else of the tiny model."""
+    """Learner and scorer with the user's models, else with SmolLM2 if it is installed and the
+    device is a GPU, else with the tiny model.
+    """
     model, overrides, teacher = models(ground)
     for dtype in dtypes(ground):
         settings = (*overrides, *dtype_of(dtype, teacher))
@@ -75,14 +80,18 @@ def cases(ground: Ground) -> Iterator[Case]:
 
 
 def dtypes(ground: Ground) -> tuple[str, ...]:
-    """Of a shipped model both; the user's model may be too large in float32."""
+    """The dtypes to compare. A user's model may be too large in float32, so it has only
+    bfloat16.
+    """
     if not ground.on_gpu:
         return ("float32",)
     return ("bfloat16",) if ground.model else ("bfloat16", "float32")
 
 
 def models(ground: Ground) -> tuple[str, tuple[str, ...], str]:
-    """The name of the models, the settings that choose them, and the teacher's name in these."""
+    """The name of the models, the settings that choose them, and the teacher's name in the
+    settings.
+    """
     if ground.model is not None:
         teacher = ground.teacher or ground.model
         chosen = (*TINY, f"model.path={ground.model}", f"teachers.main.path={teacher}")

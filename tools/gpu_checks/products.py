@@ -1,6 +1,6 @@
-"""Products of bfloat16 matrices whose float32 sums are kept: `mm` and `addmm` with out_dtype.
+"""Checks products of bfloat16 matrices whose sums stay in float32: `mm` and `addmm` with out_dtype.
 
-Only torch's build for CUDA has them, so these lines of kernels/workspace.py never run on a CPU.
+Only torch's build for CUDA has them, so those lines of kernels/workspace.py never run on a CPU.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ REASON = "4 sums of float32; sums rounded to bfloat16 would be off by 1e-3 and m
 
 
 def products(ground: Ground) -> Iterator[Check]:
-    """Whether logits and the gradient of the output embedding keep their float32 sums."""
+    """Check that logits and the gradient of the output embedding keep their float32 sums."""
     if ground.on_gpu:
         yield from products_on("cuda", ROWS, WIDTH, VOCABULARY)
         return
@@ -34,7 +34,7 @@ def products(ground: Ground) -> Iterator[Check]:
 
 
 def products_on(device: str, rows: int, width: int, vocabulary: int) -> Iterator[Check]:
-    """The products of kernels/workspace.py on random bfloat16 matrices against fp64."""
+    """Check the products of kernels/workspace.py on random bfloat16 matrices against fp64."""
     g = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
@@ -46,7 +46,7 @@ def products_on(device: str, rows: int, width: int, vocabulary: int) -> Iterator
     assert logits.dtype is torch.float32, logits.dtype
     exact = hidden.double() @ lm_head.double().T
     yield product_check(LOGITS, logits, exact, terms=width)
-    total = torch.full((vocabulary, width), torch.nan, device=device)  # as torch.empty may give
+    total = torch.full((vocabulary, width), torch.nan, device=device)  # as torch.empty may
     summed = torch.zeros(vocabulary, width, dtype=torch.float64, device=device)
     for i, name in enumerate(GRADIENTS):
         d_logits = normal(rows, vocabulary)

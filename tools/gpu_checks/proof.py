@@ -1,4 +1,4 @@
-"""The proof as a value: what was run where, and all checks; stored as proof.json."""
+"""The results of all steps and the machine on which they ran, stored as proof.json."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ class PartResult:
 class StepResult:
     number: int
     title: str
-    made: str  # when it ended, in ISO 8601
+    made: str  # the time at which the step ended, in ISO 8601
     parts: tuple[PartResult, ...]
 
     @property
@@ -38,7 +38,7 @@ class StepResult:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
     device: str  # cuda or cpu
-    machine: dict[str, Any]  # gpu_checks.devices
+    machine: dict[str, Any]  # the description of gpu_checks.devices
     steps: tuple[StepResult, ...]  # in the order of their numbers
 
     @property
@@ -50,7 +50,7 @@ class Proof:
         return any(check.verdict is Verdict.failed for check in self.checks)
 
     def with_step(self, step: StepResult) -> "Proof":
-        """With this step in the place of an earlier one with its number."""
+        """A copy with this step, which replaces an earlier step of the same number."""
         others = [other for other in self.steps if other.number != step.number]
         steps = tuple(sorted([*others, step], key=lambda step: step.number))
         return Proof(device=self.device, machine=self.machine, steps=steps)
@@ -62,7 +62,9 @@ def store(proof: Proof, folder: Path) -> None:
 
 
 def earlier_steps(folder: Path, device: str, machine: dict[str, Any]) -> Iterator[StepResult]:
-    """The stored steps of an earlier call, if it ran on the same device with the same software."""
+    """The stored steps of an earlier call, if its device and machine, software included, are
+    equal.
+    """
     path = folder / FILE
     if not path.is_file():
         return

@@ -14,7 +14,9 @@ GRAPH = (*LEARNER, "ray", "vllm", "matplotlib")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Some checks of a step, in a process of their own: a fault of the device ends only them."""
+    """Some checks of a step. They run in their own process, so that a fault of the device ends only
+    these checks.
+    """
 
     name: str
     title: str
@@ -22,9 +24,9 @@ class Part:
     packages: tuple[str, ...]
     gpus: int = 1
     nodes: int = 1
-    on_cpu: bool = True  # has a reduced form for CPUs
+    on_cpu: bool = True  # whether it has a reduced form for CPUs
     limit_s: float = 1800.0
-    # environment variables on a CPU
+    # environment variables that are set on a CPU
     cpu_environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -202,10 +204,10 @@ STEPS = (
 
 
 def missing(part: Part, ground: Ground, *, gpus: int) -> str | None:
-    """What the part needs and does not have, in a few words; None: nothing.
+    """What the part needs but does not have, in a few words; None: nothing is missing.
 
     Args:
-        gpus: of this machine.
+        gpus: the number of GPUs of this machine.
     """
     absent = [package for package in part.packages if find_spec(package) is None]
     if absent:
@@ -225,6 +227,6 @@ def missing(part: Part, ground: Ground, *, gpus: int) -> str | None:
 
 
 def devices(part: Part) -> str:
-    """Example: "4 GPUs", "1 GPU on each of 2 nodes"."""
+    """The GPUs that a part needs, e.g. "4 GPUs" or "1 GPU on each of 2 nodes"."""
     count = f"{part.gpus} GPU{'s' * (part.gpus > 1)}"
     return count if part.nodes == 1 else f"{count} on each of {part.nodes} nodes"

@@ -1,7 +1,7 @@
-"""The work on rows in Triton against the same in torch, in fp64.
+"""Compares the Triton kernels of kernels/triton_rows.py with the same computation by torch in fp64.
 
-On a CPU Triton's interpreter runs the kernels, which TRITON_INTERPRET=1 chooses at import.
-`python -m gpu_checks.triton_rows` prints {case: {column: error}} there.
+On a CPU Triton's interpreter runs the kernels; TRITON_INTERPRET=1 must be set before the import.
+`python -m gpu_checks.triton_rows` then prints {case: {column: error}}.
 """
 
 import json
@@ -47,9 +47,9 @@ RATIOS = (
 def errors(
     rule: RowRule, num_teachers: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu"
 ) -> dict[str, float]:
-    """The errors of 6 rows by column.
+    """The relative error of each column of NAMES, over 6 rows.
 
-    Row 1 has token weight 0. Teacher 0 has weight 0 and NaN in row 2.
+    Row 1 has token weight 0. In row 2, teacher 0 has weight 0 and its logits are NaN.
     """
     g = torch.Generator().manual_seed(vocabulary + num_teachers)
 
@@ -104,8 +104,8 @@ def error(found: Tensor, exact: Tensor, scale: float | None) -> float:
 
 
 def case_errors(device: str, vocabulary: int) -> dict[str, dict[str, float]]:
-    """{case: {column: error}} of every divergence with 0, 1 and 2 teachers, of a clipped log-ratio
-    in one whole block, and of a gradient in bfloat16.
+    """{case: {column: error}} for every divergence with 0, 1 and 2 teachers, for a clipped
+    log-ratio whose rows are exactly one block, and for a gradient in bfloat16.
     """
     found = {}
     for divergence, num_teachers in product(Divergence, (0, 1, 2)):
@@ -126,7 +126,11 @@ def case_errors(device: str, vocabulary: int) -> dict[str, dict[str, float]]:
 
 
 def interpreted() -> dict[str, dict[str, float]]:
-    """case_errors on the CPU, in several blocks a row, the last one ragged."""
+    """case_errors on the CPU, where a row has several blocks, of which the last is not full.
+
+    Raises:
+        AssertionError: TRITON_INTERPRET=1 is not set.
+    """
     assert triton.knobs.runtime.interpret, "run with TRITON_INTERPRET=1"
     triton_rows.LARGEST_BLOCK = 16
     return case_errors("cpu", 37)
@@ -135,15 +139,17 @@ def interpreted() -> dict[str, dict[str, float]]:
 # -- checks ----------------------------------------------------------------------------------------
 
 ON_GPU = 151_937
-"""Tokens of a vocabulary that ends in a block of one: 37 blocks of 4096, less 385."""
+"""The size of the vocabulary on a GPU. It is no multiple of a block, so a row's last block is
+ragged.
+"""
 FAR_ROWS = 2**31 // ON_GPU + 2
-"""Rows of which the last begins past entry 2**31."""
+"""The number of rows of a matrix whose last row begins beyond entry 2**31."""
 FAR_BYTES = 4 * FAR_ROWS * ON_GPU * 4
-"""Logits of student and teacher in float32, and twice as much again for the comparison."""
+"""The logits of student and teacher in float32, and as much again for the comparison."""
 
 
 def rows(ground: Ground) -> Iterator[Check]:
-    """Triton's rows against fp64, and far down a large matrix."""
+    """Check the Triton rows against fp64, and the last rows of a very large matrix."""
     terms = ON_GPU if ground.on_gpu else 37
     of_cases = case_errors("cuda", ON_GPU) if ground.on_gpu else interpreted()
     for case, of_columns in of_cases.items():
@@ -167,7 +173,7 @@ def rows(ground: Ground) -> Iterator[Check]:
 
 
 def far_rows(ground: Ground) -> Check:
-    """The rows past entry 2**31 of a matrix are those that the same rows alone give."""
+    """Check that rows beyond entry 2**31 of a matrix get the same gradients as these rows alone."""
     name = "Triton rows past entry 2**31"
     if not ground.on_gpu:
         return not_run(name, f"needs a GPU with {FAR_BYTES / 2**30:.0f} GiB free")
@@ -183,8 +189,8 @@ def far_rows(ground: Ground) -> Check:
 
 
 def differing_entries(count: int, vocabulary: int, device: str) -> int:
-    """How many entries of the gradients of the last two rows differ from those of the same two
-    rows alone.
+    """The number of entries in the gradients of the last two rows that differ from the gradients of
+    these two rows alone.
     """
     g = torch.Generator(device).manual_seed(0)
     student, teacher = (
@@ -196,7 +202,7 @@ def differing_entries(count: int, vocabulary: int, device: str) -> int:
 
 
 def gradients_of(student: Tensor, teacher: Tensor) -> Tensor:
-    """[N, V] the gradients of rows whose tokens are all 0, by Triton."""
+    """[N, V] the gradients by Triton of rows whose drawn tokens are all token 0."""
     count = len(student)
     ones = torch.ones(count, device=student.device)
     columns = TokenColumns(
