@@ -1,8 +1,8 @@
-"""A script: Hugging Face generation, a teacher, our loss and AdamW in one plain process.
+"""A script that trains with Hugging Face generation, a teacher, our loss and AdamW in one process.
 
     python bare_peer.py ORDER.json
 
-ORDER and the output have the form of trl_peer.py. Only the loss differs.
+ORDER has the form of trl_peer.py; of the output, only the times of steps are the same.
 """
 
 import json
@@ -23,7 +23,9 @@ MARK = "PEER "
 
 
 class BareLoop:
-    """Steps with both signals on one batch of prompts, left-padded as generate() needs them."""
+    """Training steps with teacher and reward signal on one batch of prompts, which are padded on
+    the left as generate() requires. The rewards are random numbers.
+    """
 
     def __init__(self, order: dict) -> None:
         self.order = order
@@ -95,7 +97,11 @@ class BareLoop:
         self.spent["cpu_s"].append(time.process_time() - cpu)
 
     def states(self, hidden: Tensor, width: int) -> Tensor:
-        """[R, H] before each response token."""
+        """[R, H] the hidden states before each response token, from `hidden` [B, T, H].
+
+        Args:
+            width: the length of the padded prompts.
+        """
         return hidden[:, width - 1 : -1].reshape(-1, hidden.shape[-1])
 
     def learn(self, hidden: Tensor, teacher_states: Tensor, drawn: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""A checkpoint of the learner: how long it holds the run, and how long until it is on disk.
+"""Measures how long a checkpoint of the learner stops the run, and how long until it is on disk.
 
-It is written between two updates while the run waits, and in the background of an update. The
-figures for 7B are computed from the measured rates and are marked as such.
+It is written once between two updates while the run waits, and once in the background of an update.
+The figures for 7B are computed from the measured rates and are marked as such.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from hybridrl.settings.run import RunSettings
 from hybridrl.types import BatchPlan
 
 PARAMETERS_7B = 7_615_616_512
-"""Of Qwen2.5-7B."""
+"""The number of parameters of Qwen2.5-7B."""
 BYTES_A_PARAMETER = 12
 """fp32 weights and Adam's two moments."""
 
@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
-    with Cluster(settings_of()):  # one Ray for all
+    with Cluster(settings_of()):  # all models share one Ray
         rows = {
             name: placed(measure, settings_of(*MODELS[name]), options.repeats)
             for name in options.models
@@ -56,7 +56,9 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def estimate(row: dict, ranks: int) -> dict:
-    """Qwen2.5-7B at the rates of a measured model, if each rank writes as fast as the one here."""
+    """Extrapolate a measured model to Qwen2.5-7B, if each rank writes as fast as the one
+    measured.
+    """
     nbytes = PARAMETERS_7B * BYTES_A_PARAMETER
     times = nbytes / ranks / row["bytes"]
     return {

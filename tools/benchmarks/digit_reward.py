@@ -2,5 +2,5 @@
 
 
 def digit_share(completions: list[str], **_) -> list[float]:
-    """Share of the characters that are digits, 0 for an empty response."""
+    """The share of the characters of each response that are digits; 0 for an empty response."""
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]

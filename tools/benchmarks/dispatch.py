@@ -1,6 +1,6 @@
-"""The time of the controller for one large batch: draw, headers, rewards, plan, update.
+"""Measures the controller's time for one large batch: draw, headers, rewards, plan, update.
 
-It is compared with a controller that fetches the batch itself.
+It is compared with a controller that fetches the whole batch.
 """
 
 import argparse
@@ -29,8 +29,8 @@ TARGET_S = 2.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
     sequences: int
-    tokens: int  # of a sequence, prompt included
-    support: int  # K
+    tokens: int  # tokens of a sequence, including its prompt
+    support: int  # K, the number of teacher scores for each response token
 
     @property
     def response(self) -> int:
@@ -38,7 +38,7 @@ class Size:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the scores and rollouts, by their dtypes."""
+        """The bytes of the rollouts and scores, computed from their dtypes."""
         return self.sequences * (
             self.tokens * (4 + 1 + 4 + 4 + 4) + self.response * 8 * self.support
         )
@@ -155,9 +155,9 @@ def measure(stage: Stage, size: Size, repeats: int, *, with_other: bool) -> dict
 
 
 def ours(controller: Controller) -> tuple[float, float, dict]:
-    """Wall and CPU seconds of the controller, and the row of the step.
+    """Take a step; returns wall and CPU seconds of the controller, and the metrics of the step.
 
-    The time of the workers, between the draw and the headers, does not count.
+    The time between the draw and the headers, in which the workers are busy, does not count.
     """
     began = time.perf_counter()
     cpu = cpu_seconds()
@@ -173,7 +173,9 @@ def ours(controller: Controller) -> tuple[float, float, dict]:
 
 
 def materialising(controller: Controller) -> float:
-    """Seconds of a controller that fetches all rollouts and scores, joins them and sends shards."""
+    """The seconds that a controller needs to fetch all rollouts and scores, join them and store the
+    result as one shard.
+    """
     wave = controller.pipeline.draw(0)
     wait_for(wave)
     began = time.perf_counter()
@@ -202,7 +204,7 @@ def wait_for(wave: Wave) -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of this process, including Ray's threads in it."""
+    """The CPU seconds of this process, including those of Ray's threads."""
     times = os.times()
     return times.user + times.system
 

@@ -1,10 +1,11 @@
-"""Hidden states of a teacher in narrower forms: the error of the gradient, and bytes a token.
+"""Measures the gradient's error and the bytes per token of a teacher's hidden states in narrow
+forms.
 
 The student is the teacher with noise on its weights. The dense gradient of the reverse KL at the
 student's hidden states is computed in float64 from the teacher's exact states, and from the same
-states rounded to bfloat16 (what a run sends), to int8 and to fp8 with one scale for each row. A
-form is usable if its error is below that of bfloat16. The last column is what one CPU process
-passes to another through Ray's object store.
+states rounded to bfloat16 (the form that a run sends), to int8 and to fp8 with one scale per row. A
+form is usable if its error is below that of bfloat16. The last figure is the rate at which one
+process passes data to another through Ray's object store.
 """
 
 import argparse
@@ -33,13 +34,15 @@ follows a token. 3 * 7 = 21, 12 + 9 = 21, (5 - 2) * 7 = 21. The weights then tra
 
 
 def to_int8(rows: Tensor) -> Tensor:
-    """Rounded to 255 levels between the largest magnitudes of each row."""
+    """Round to 255 levels between minus and plus the largest magnitude of each row."""
     scale = rows.abs().amax(1, keepdim=True) / 127
     return (rows / scale).round().clamp(-127, 127) * scale
 
 
 def to_fp8(rows: Tensor) -> Tensor:
-    """Rounded to float8_e4m3fn, the largest magnitude of each row at that type's largest number."""
+    """Round to float8_e4m3fn, scaled so that the largest magnitude of each row is the largest
+    number of that type.
+    """
     scale = rows.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
     return (rows / scale).to(torch.float8_e4m3fn).to(rows.dtype) * scale
 
@@ -49,7 +52,7 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[int], int]]] = {
     "int8": (to_int8, lambda width: width + 4),
     "fp8": (to_fp8, lambda width: width + 4),
 }
-"""The rounding of [R, H] rows, and the bytes of a row of H numbers."""
+"""For each form, the rounding of [R, H] rows, and the bytes of a row of H numbers."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @torch.no_grad()
 def states(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """[T, H] float64, the last hidden states."""
+    """[T, H] float64, the last hidden states of a model for token ids [T]."""
     return model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0].double()
 
 
@@ -102,7 +105,7 @@ def run(options: argparse.Namespace) -> dict:
 
 @torch.no_grad()
 def noisy(model: torch.nn.Module, noise: float) -> torch.nn.Module:
-    """The model with N(0, noise * std) added to each weight matrix, by a fixed seed."""
+    """Add noise of the standard deviation noise * std to each weight matrix, with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -114,7 +117,9 @@ def noisy(model: torch.nn.Module, noise: float) -> torch.nn.Module:
 def gradient(
     rows: Tensor, head: Tensor, teacher_rows: Tensor, drawn: Tensor
 ) -> tuple[Tensor, float]:
-    """[R, H] of the reverse KL at the student's hidden states, and its mean in nats."""
+    """The gradient [R, H] of the summed reverse KL at the student's hidden states, and the mean KL
+    in nats.
+    """
     count = len(rows)
     zero = torch.zeros(count, dtype=rows.dtype)
     columns = TokenColumns(
@@ -139,14 +144,14 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 @ray.remote
 class Receiver:
-    """Copies what it is sent, so that every byte is read."""
+    """An actor that copies the arrays it receives, so that every byte is read."""
 
     def copied(self, rows) -> int:
         return rows.copy().nbytes
 
 
 def edge_rate(nbytes: int, repeats: int) -> float:
-    """GB/s of an object that one process puts into the store and another one reads."""
+    """The rate in GB/s at which one process puts an object into the store and another reads it."""
     with Cluster(settings_of()):
         receiver = Receiver.remote()
         rows = torch.ones(nbytes, dtype=torch.uint8).numpy()
@@ -159,7 +164,7 @@ def edge_rate(nbytes: int, repeats: int) -> float:
 
 
 def draw(results: dict, picture: Path) -> None:
-    """The error of each form over the divergence of the student."""
+    """Draw the error of each form over the divergence of the student."""
     import matplotlib
 
     matplotlib.use("Agg")

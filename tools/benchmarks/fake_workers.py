@@ -1,4 +1,4 @@
-"""Workers that only wait, and return values of the right shapes.
+"""Fake workers, which only wait and return values of the right shapes.
 
 They import neither torch nor vllm, so each process takes only 90 MB.
 """
@@ -37,16 +37,16 @@ from hybridrl.types import (
 class Work:
     """How many seconds each kind of worker is busy in a step, and the size of its results."""
 
-    generate_s: float = 0.0  # of an engine, for its part of a wave
+    generate_s: float = 0.0  # an engine generates its part of a wave
     score_s: float = 0.0
     learn_s: float = 0.0
     pack_s: float = 0.0
-    load_s: float = 0.0  # of an engine, which does not generate meanwhile
+    load_s: float = 0.0  # an engine loads weights and generates nothing
     # Above 0: chunks are generated concurrently, each in generate_s times exp(spread * z), where
-    # the normal z depends on seed and prompt.
+    # the standard normal z depends on seed and prompt.
     spread: float = 0.0
     weight_bytes: int = 1
-    support: int = 0  # K, the log-probs and ids that a scorer sends for each response token
+    support: int = 0  # K, the number of log-probs and ids that a scorer sends per response token
 
     @property
     def phases(self) -> tuple[float, float, float, float]:
@@ -55,9 +55,9 @@ class Work:
 
 
 class Engine:
-    """An engine that generates one chunk after the other, and stops during a weight update.
+    """An engine that generates one chunk after the other, and pauses during a weight update.
 
-    With work.spread it generates all chunks concurrently, and none of them slows another.
+    With work.spread it generates all chunks concurrently, and they do not slow each other.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Engine:
         self, order: GenerateOrder, prompts: Sequence[Prompt]
     ) -> tuple[ChunkHeader, RolloutBatch]:
         arrived = time.monotonic()
-        if order.wave == PROBE:  # a few tokens take no time
+        if order.wave == PROBE:  # the few tokens of a probe take no time
             batch = rollouts(order, prompts, max(self.version, 0))
             return header(batch, 0.0), batch
         if self.work.spread:
@@ -125,7 +125,7 @@ class Engine:
         return len(chosen)
 
     async def load_weights(self, manifest: WeightManifest, packed: np.ndarray) -> str:
-        time.sleep(self.work.load_s)  # blocks the event loop, as an engine does nothing else
+        time.sleep(self.work.load_s)  # block the event loop: a loading engine does nothing else
         self.stopped_s += self.work.load_s
         self.version = manifest.version
         return manifest.digest
@@ -171,7 +171,7 @@ class Scorer:
 
 
 class Judge:
-    """A reward worker that returns 0 and 1 alternately."""
+    """A reward worker that gives the rewards 0 and 1 alternately."""
 
     def __init__(
         self,
@@ -248,7 +248,7 @@ class Learner:
 
 
 def stretch(order: GenerateOrder, prompts: Sequence[Prompt], spread: float) -> float:
-    """A log-normal factor of median 1, the same for the same seed and prompt."""
+    """A log-normal factor of median 1 that is determined by the seed and the first prompt."""
     return float(
         np.random.default_rng([order.seed, zlib.crc32(prompts[0].uid.encode())]).lognormal(
             sigma=spread
@@ -257,7 +257,7 @@ def stretch(order: GenerateOrder, prompts: Sequence[Prompt], spread: float) -> f
 
 
 def rollouts(order: GenerateOrder, prompts: Sequence[Prompt], version: int) -> RolloutBatch:
-    """Responses of order.max_new_tokens tokens each."""
+    """A batch whose responses have order.max_new_tokens tokens each."""
     lengths = np.repeat([len(p.input_ids) for p in prompts], order.group_size)
     offsets = np.concatenate([[0], np.cumsum(lengths + order.max_new_tokens)]).astype(np.int64)
     mask = np.concatenate([np.arange(n + order.max_new_tokens) >= n for n in lengths])

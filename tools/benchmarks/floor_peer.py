@@ -1,9 +1,9 @@
-"""A script: lower bounds on the time of each part of a step on this machine.
+"""A script that measures lower bounds on the time of each part of a step on this machine.
 
     python floor_peer.py ORDER.json
 
-ORDER has the form of trl_peer.py. It prints the seconds of the bare matrix products of a step, of
-the bare engine for the same requests, and of one copy of the weights.
+ORDER has the form of trl_peer.py. The script prints the seconds of the bare matrix products of a
+step, of a bare engine for the same requests, and of one copy of the weights.
 """
 
 import json
@@ -30,11 +30,14 @@ def median_s(call: Callable[[], object], repeats: int = 5) -> float:
 
 
 def products(order: dict, tokens: int) -> dict[str, float]:
-    """Seconds of the matrix products of a step, without attention.
+    """The seconds of the matrix products of a step, without attention.
 
-    Per weight and token, forward needs 2 operations and backward 4; the head needs 8NVH (student,
-    teacher, dHidden, dHead). The products of one layer's forward are timed; those of backward are
-    assumed to be as fast, as they are the same ones transposed.
+    Per weight and token, the forward pass needs 2 operations and the backward pass 4; the head
+    needs 8NVH (student, teacher, dHidden, dHead). The forward products of one layer are timed. The
+    backward products are assumed to be as fast, because they are the same ones transposed.
+
+    Args:
+        tokens: the number of tokens of the batch, including prompts.
     """
     model = AutoModelForCausalLM.from_pretrained(
         order["student"], dtype=getattr(torch, order["dtype"])
@@ -65,7 +68,9 @@ def products(order: dict, tokens: int) -> dict[str, float]:
 
 
 def bare_engine(order: dict, prompts: list[list[int]]) -> list[float]:
-    """Seconds of a bare vLLM loop for the requests of each step, with our sampling parameters."""
+    """The seconds of a bare vLLM loop for the requests of each step, with our sampling
+    parameters.
+    """
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind

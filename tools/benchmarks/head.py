@@ -1,6 +1,6 @@
-"""The loss over the vocabulary: our pass, autograd on full logits, other kernels, bare products.
+"""Compares our loss over the vocabulary with autograd on full logits, other kernels, bare products.
 
-`dense` rows train KL(p || q) alone; `hybrid` rows also have a cost per token. On a GPU, run
+`dense` rows compute KL(p || q) alone; `hybrid` rows also have a cost per token. On a GPU, run
 `tools/bench head --all-shapes`.
 """
 
@@ -26,10 +26,12 @@ from hybridrl.kernels.workspace import Workspace
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROWS = (1024, 4096, 8192, 16384)
 SHAPES = ((4096, 4096, 128256), (2048, 4096, 151936), (1024, 4096, 151936))
-"""(Hs, Ht, V) of Llama 3 8B taught by itself, and of Qwen3 1.7B and 0.6B taught by 8B."""
+"""(Hs, Ht, V) of Llama 3 8B with itself as teacher, and of Qwen3 1.7B and 0.6B with 8B as
+teacher.
+"""
 
 SLICE = 64
-"""Rows on which gradients are compared with fp64."""
+"""The number of rows on which gradients are compared with fp64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +43,13 @@ class Shape:
 
     @property
     def flop(self) -> int:
-        """Operations of the products that any exact method needs: 2NV(3Hs + Ht)."""
+        """The operations of the products that any exact method needs: 2NV(3Hs + Ht)."""
         return 2 * self.rows * self.vocabulary * (3 * self.width + self.teacher_width)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """The inputs of student and teacher; those of the student require gradients."""
+    """The inputs of the loss from student and teacher; those from the student require gradients."""
 
     hidden: Tensor  # [N, Hs]
     lm_head: Tensor  # [V, Hs]
@@ -65,8 +67,8 @@ def problem(shape: Shape, dtype: torch.dtype, device: str, *, peaked: bool) -> P
     """Random inputs.
 
     Args:
-        peaked: logits of variance 16, and a teacher that is the student with noise, as late in
-            training; False: independent logits of variance 1.
+        peaked: logits of variance 16, and a teacher that is the student plus noise, as is typical
+            late in training; False: independent logits of variance 1.
     """
     g = torch.Generator(device).manual_seed(0)
 
@@ -95,7 +97,7 @@ def problem(shape: Shape, dtype: torch.dtype, device: str, *, peaked: bool) -> P
 
 
 def ours(p: Problem, rule: HeadRule, *, hybrid: bool) -> None:
-    """Our loss and both gradients in one pass, chunk by chunk."""
+    """Compute our loss and both gradients in one pass, chunk by chunk."""
     ones = torch.ones(len(p.ids), device=p.ids.device)
     terms = TokenColumns(
         token_ids=p.ids,
@@ -110,7 +112,7 @@ def ours(p: Problem, rule: HeadRule, *, hybrid: bool) -> None:
 
 
 def full_logits(p: Problem, *, hybrid: bool) -> Tensor:
-    """The same loss on full logits, log-softmax in fp32."""
+    """The same loss on full logits, with log-softmax in fp32."""
     logp = torch.log_softmax((p.hidden @ p.lm_head.T).float(), -1)
     with torch.no_grad():
         logq = torch.log_softmax((p.teacher_hidden @ p.teacher_head.T).float(), -1)
@@ -124,9 +126,10 @@ def autograd(p: Problem, *, hybrid: bool, compiled: bool = False) -> None:
 
 
 def products(p: Problem, *, out: tuple[Tensor, ...]) -> None:
-    """The four matrix products that any exact method needs, into allocated memory.
+    """Compute the four matrix products that any exact method needs, into memory that exists
+    already.
 
-    Our pass keeps its memory between calls, too.
+    This is fair, because our pass also keeps its memory between calls.
     """
     logits, teacher_logits, d_hidden, d_head = out
     rows = slice(len(p.ids))
@@ -208,7 +211,11 @@ def run(options: argparse.Namespace) -> dict:
 def variants(
     p: Problem, name: str, options: argparse.Namespace
 ) -> dict[str, Callable[[Problem], object]]:
-    """The calls to compare by name, for inputs in one dtype."""
+    """The calls to compare, by name, for inputs in one dtype.
+
+    Args:
+        name: the dtype, a key of DTYPES.
+    """
     rule = HeadRule(chunk=options.chunk)
     device = p.hidden.device.type
     results: dict[str, Callable[[Problem], object]] = {
@@ -232,7 +239,7 @@ def variants(
 def one(
     options: argparse.Namespace, device: str, square: dict[str, float], shape: Shape, peaked: bool
 ) -> dict:
-    """Times, memory and errors of every variant on one problem; failing ones are reported."""
+    """Measure time, memory and error of every variant on one problem; failures are reported too."""
     calls = {}
     rates = {}
     measured = {}
@@ -280,10 +287,10 @@ def _timed(p: Problem, call: Callable[[Problem], object], device: str) -> None:
 
 
 def extra_bytes(p: Problem, call: Callable[[], object], device: str) -> int:
-    """The growth of memory at the peak of a call, less the two gradients.
+    """The growth of memory at the peak of a call, less the two gradients; never negative.
 
-    It is that of the allocator on CUDA, else of the resident set; 0 for the bare products, which
-    write into allocated memory.
+    It is measured by torch's allocator on CUDA, else by the resident set. It is 0 for the bare
+    products, which write into memory that exists already.
     """
     p.forget()
     Workspace.release()
@@ -301,7 +308,7 @@ def extra_bytes(p: Problem, call: Callable[[], object], device: str) -> int:
 
 
 def resident(mark: str) -> int:
-    """Bytes of this process, as the kernel reports them."""
+    """The bytes of this process under a name of /proc/self/status, e.g. VmRSS."""
     return 1024 * next(
         int(line.split()[1])
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -310,7 +317,7 @@ def resident(mark: str) -> int:
 
 
 def _error(p: Problem, call: Callable[[Problem], object], hybrid: bool) -> dict[str, float] | None:
-    """Relative errors of both gradients against fp64 on a few rows; None: there is no gradient."""
+    """The relative errors of both gradients against fp64; None: the call makes no gradient."""
     p.forget()
     call(p)
     if p.hidden.grad is None:
@@ -338,7 +345,7 @@ def asdict_shallow(p: Problem) -> dict[str, Tensor]:
 
 
 def square_rate(device: str) -> dict[str, float]:
-    """FLOP/s of a square product of size 2048 (on CUDA 8192) in each dtype, the best of 5."""
+    """The FLOP/s of a square product of size 2048 (8192 on CUDA) in each dtype, the best of 5."""
     size = 8192 if device == "cuda" else 2048
     results = {}
     for name, dtype in DTYPES.items():
@@ -371,7 +378,7 @@ def show(results: dict) -> None:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Medians of each shape's variants as bars; the line is what the products alone take."""
+    """Draw the median of each shape's variants as bars, and the time of the products as a line."""
     from matplotlib import pyplot
 
     shapes = results["shapes"]

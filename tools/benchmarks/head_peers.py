@@ -1,7 +1,8 @@
-"""Losses over the vocabulary of other packages, if these are installed.
+"""The losses over the vocabulary of other packages, if these are installed.
 
-TRL's kernel file imports its trainer, which needs far more than the kernel. So only its two files
-are loaded, from a wheel or an installed trl, with a stub for the one function of the trainer.
+TRL's kernel file imports its trainer, which needs far more packages than the kernel. Therefore only
+the two files of the kernel are loaded, from a wheel or an installed trl, with a stub for the one
+function of the trainer that they use.
 """
 
 import importlib.util
@@ -20,7 +21,11 @@ import torch
 
 
 def available(trl: Path | None) -> dict[str, Callable[[Any], object]]:
-    """Calls of a benchmarks.head.Problem, by name."""
+    """The losses of installed packages by name, as functions of a benchmarks.head.Problem.
+
+    Args:
+        trl: a wheel of TRL; None: an installed trl, if there is one.
+    """
     peers: dict[str, Callable[[Any], object]] = {}
     if trl is not None or importlib.util.find_spec("trl"):
         peers["TRL ChunkedDivergence bf16 dense"] = _trl(trl)
@@ -30,7 +35,9 @@ def available(trl: Path | None) -> dict[str, Callable[[Any], object]]:
 
 
 def versions(trl: Path | None) -> dict[str, str]:
-    """The version of a wheel; those of installed packages are in the description of the machine."""
+    """The version of a wheel. The versions of installed packages are in the machine's
+    description.
+    """
     if trl is None:
         return {}
     with zipfile.ZipFile(trl) as archive:
@@ -50,7 +57,7 @@ def _trl(wheel: Path | None) -> Callable[[Any], object]:
 
 
 def _trl_kernels(wheel: Path | None) -> types.ModuleType:
-    """trl.kernels.chunked_divergence under another name."""
+    """The module trl.kernels.chunked_divergence, imported under another name."""
     name = "benchmarked_trl"
     if f"{name}.kernels.chunked_divergence" in sys.modules:
         return sys.modules[f"{name}.kernels.chunked_divergence"]
@@ -58,7 +65,7 @@ def _trl_kernels(wheel: Path | None) -> types.ModuleType:
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = []
     utils = types.ModuleType(f"{name}.trainer.utils")
-    # The original gathers ZeRO-3 shards, of which there are none here.
+    # The original gathers ZeRO-3 shards, which do not exist here.
     vars(utils)["maybe_gather_lm_head_ctx"] = lambda *_: nullcontext()
     sys.modules[utils.__name__] = utils
     for part in ("chunked_logprob", "chunked_divergence"):
@@ -72,7 +79,9 @@ def _trl_kernels(wheel: Path | None) -> types.ModuleType:
 
 
 def _trl_file(wheel: Path | None, name: str) -> Path:
-    """Triton reads its kernels' source from files, so those of a wheel are laid out beside it."""
+    """The path of a file of trl. Triton reads the source of kernels from files, so a file of a
+    wheel is extracted next to it.
+    """
     if wheel is None:
         return Path(str(metadata.distribution("trl").locate_file(name)))
     with zipfile.ZipFile(wheel) as archive:
@@ -90,14 +99,14 @@ def _liger() -> dict[str, Callable[[Any], object]]:
         else {}
     )
     in_kernel = LigerFusedLinearJSD(jsd_beta=1.0, **wide)
-    # chunk_size is in sequences, and 1 by default.
+    # chunk_size counts sequences, and is 1 by default.
     policy = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, chunk_size=1024)
 
     def distil(p: Any) -> torch.Tensor:
         return chunked(p.hidden, p.lm_head, p.teacher_hidden, p.teacher_head, p.ids)
 
     def reinforce(p: Any) -> torch.Tensor:
-        """Each token a sequence of its own, whose advantage is minus its cost."""
+        """The loss of tokens that are each a sequence, with minus their cost as advantage."""
         mask = torch.ones_like(p.ids)[:, None]
         return policy(p.hidden[:, None], p.lm_head, p.ids[:, None], mask, -p.cost)[0]
 

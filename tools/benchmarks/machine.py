@@ -1,4 +1,4 @@
-"""A description of the machine on which numbers are measured."""
+"""Describes the machine on which numbers are measured."""
 
 import os
 import platform
@@ -52,7 +52,9 @@ def memory_gib() -> int:
 
 
 def commit() -> str:
-    """The short hash of HEAD, with + if tracked files differ; "unknown" outside of a checkout."""
+    """The short hash of HEAD, followed by + if tracked files were changed; "unknown" outside of a
+    checkout.
+    """
     git = [
         "git",
         "-C",

@@ -1,4 +1,6 @@
-"""The overhead over vLLM, over a PyTorch loop, and of the controller and Ray in a step."""
+"""Measures the overhead over bare vLLM and a bare PyTorch loop, and of controller and Ray in a
+step.
+"""
 
 import argparse
 import statistics
@@ -53,7 +55,7 @@ MODELS = {
 }
 PARTS = ("generation", "learner", "controller", "scaling")
 QUICKSTART = Work(generate_s=0.42, score_s=0.22, learn_s=0.54, pack_s=0.02, load_s=0.02)
-"""The phases of a step of the quickstart."""
+"""The times of the phases in a step of the quickstart."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
-    with Cluster(settings_of()):  # one Ray for all parts
+    with Cluster(settings_of()):  # all parts share one Ray
         return measured_parts(options)
 
 
@@ -93,7 +95,9 @@ def measured_parts(options: argparse.Namespace) -> dict:
 
 
 def placed(measure, settings: RunSettings, repeats: int) -> dict:
-    """Measure with a place for a worker of ours and one for a bare one; both end with it."""
+    """Call `measure` with a place for one of our workers and one for a bare one; both end after
+    it.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="hybridrl-bench-") as logs,
         Cluster(settings) as cluster,
@@ -115,7 +119,7 @@ def bare(name: str, settings: RunSettings, slots: dict, logs: str) -> ActorGroup
 
 
 def shares(totals: list[float], parts: list[float]) -> float:
-    """The median over the turns of part / total."""
+    """The median of part / total over the turns."""
     return statistics.median(part / total for total, part in zip(totals, parts, strict=True))
 
 
@@ -123,10 +127,10 @@ def shares(totals: list[float], parts: list[float]) -> float:
 
 
 def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
-    """Tokens per second of our engine and of a bare one, for the same requests and seeds.
+    """Compare the tokens per second of our engine and a bare one, for the same requests and seeds.
 
-    In fp32 both sample the same number of tokens; in bf16 a response may depend on the others in
-    its batch.
+    In fp32 both must sample the same number of tokens; in bf16 a response may depend on the other
+    responses in its batch.
     """
     ours = RolloutGroup(
         settings,
@@ -187,7 +191,9 @@ def generation(settings: RunSettings, slots: dict, logs: str, repeats: int) -> d
 
 
 def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict:
-    """Seconds of LearnerGroup.learn for its caller, and of a bare loop on the same batch."""
+    """Compare the seconds that LearnerGroup.learn takes its caller with a bare loop on that
+    batch.
+    """
     ours = LearnerGroup(settings, slots["ours"], device="cpu", log_dir=logs)
     loop = bare("BareLearner", settings, slots, logs)
     gather([*ours.ready(), *loop.submit_all("ping", deadline_s=600.0)])
@@ -218,7 +224,7 @@ def learner(settings: RunSettings, slots: dict, logs: str, repeats: int) -> dict
 
 
 def problem(settings: RunSettings) -> tuple[UpdatePlan, RolloutBatch, Rewards, TokenScores]:
-    """One step's batch of random tokens, rewards and teacher states."""
+    """The batch of one step, with random tokens, rewards and teacher states, and its plan."""
     from hybridrl.batch.balance import micro_batches
     from hybridrl.models.loading import load_output_head
 
@@ -278,7 +284,7 @@ def problem(settings: RunSettings) -> tuple[UpdatePlan, RolloutBatch, Rewards, T
 
 
 def controller_share(repeats: int) -> dict:
-    """The share of a quickstart step in which no worker is busy, with one chunk and with many."""
+    """The share of a quickstart step in which no worker is busy, with one chunk and with 96."""
     rows = {}
     with Stage(settings_of()) as stage:
         stage.assign(QUICKSTART)
@@ -304,7 +310,9 @@ def controller_share(repeats: int) -> dict:
 
 
 def scaling(most_engines: int, most_groups: int, repeats: int) -> dict:
-    """Seconds of the controller per step of workers that do nothing, by engines, groups, tokens."""
+    """The controller's seconds per step with workers that do nothing, as the numbers of engines,
+    groups and tokens grow.
+    """
     base = {"engines": min(4, most_engines), "groups": min(256, most_groups), "tokens": 256}
 
     def fourfold(first, last):
@@ -332,7 +340,9 @@ def scaling(most_engines: int, most_groups: int, repeats: int) -> dict:
 
 
 def growth(points: list[dict], axis: str) -> str:
-    """Whether the cost grows more than linearly in the last step along an axis."""
+    """A sentence that says whether the cost grows more than linearly between an axis's last two
+    points.
+    """
     if len(points) < 2:
         return "one point only"
     before, last = points[-2:]

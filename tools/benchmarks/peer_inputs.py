@@ -1,4 +1,4 @@
-"""The inputs of all peers: the same models, prompts and lengths."""
+"""Makes the inputs that all peers share: models, prompts and lengths."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from hybridrl.settings.run import DataConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """A student and its teacher, of one vocabulary."""
+    """A student and its teacher, which share a vocabulary."""
 
     student: str
     teacher: str
@@ -41,16 +41,16 @@ PAIRS = {
 
 NEVER = "<never>"
 POSITIONS = 128
-"""Positions for a prompt and the forced response, more than the tiny model has by itself. It has
-rotary embeddings, so no weights are missing.
+"""The number of positions for a prompt and the forced response, more than the tiny model's config
+allows. It has rotary embeddings, so more positions need no further weights.
 """
 
 
 def endless(model: str, folder: Path) -> Path:
-    """A copy of a model that never writes its end token, so all responses have the full length.
+    """Copy a model so that it never writes its end token; all responses then have the full length.
 
-    Its end token has no row in the output embedding. Log-probs do not change, while a minimal
-    length would remove the end token from the distribution.
+    The new end token has no row in the output embedding. This does not change any log-prob, whereas
+    a minimal length would remove the end token from the distribution.
     """
     shutil.copytree(resolve(model), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -81,9 +81,10 @@ def endless(model: str, folder: Path) -> Path:
 
 
 def without_end(model: Path) -> Path:
-    """A copy of an endless model, in a folder beside it, that names no end token at all.
+    """Copy an endless model into a folder beside it, without any end token.
 
-    A run of ours refuses an end token that has no row in the embeddings, and TRL needs one.
+    Our runs refuse an end token that has no row in the embeddings, whereas TRL requires an end
+    token.
     """
     folder = model.with_name(f"{model.name}-without-end")
     shutil.copytree(model, folder)

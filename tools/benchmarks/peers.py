@@ -1,11 +1,11 @@
-"""A whole step on the CPU, compared with TRL 1.16's DistillationTrainer and GRPOTrainer.
+"""Compares a whole step on the CPU with TRL 1.16's DistillationTrainer and GRPOTrainer.
 
-All have the same models, prompts, forced lengths, learning rate and threads, and the batch in one
-pass; other settings are the defaults of each. Each row is its own process, and the rows take turns:
-ours (one step with both signals), ours-distillation, ours-reward, TRL's two trainers, bare-loop
-(Hugging Face generation and our loss in plain torch) and floor (lower bounds on the parts of a
-step). TRL needs its own interpreter: python -m venv trl && trl/bin/pip install trl==1.16.0, then
---trl-python trl/bin/python.
+All use the same models, prompts, forced lengths, learning rate and threads, and process the batch
+in one pass; other settings are the defaults of each. Each row is a process, and the rows take
+turns: ours (one step with both signals), ours-distillation, ours-reward, TRL's two trainers,
+bare-loop (Hugging Face generation and our loss in plain torch) and floor (lower bounds on the parts
+of a step). TRL needs its own interpreter: python -m venv trl && trl/bin/pip install trl==1.16.0,
+then --trl-python trl/bin/python.
 """
 
 import argparse
@@ -85,7 +85,9 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def benches_of(name: str, folder: Path, options: argparse.Namespace) -> dict[str, "Bench"]:
-    """The pair in its own dtype, under its name, and in each other one that is asked for."""
+    """A bench for the pair of models in its own dtype, named after the pair, and one for each other
+    dtype of --dtypes.
+    """
     pair = PAIRS[name]
     pairs = {name: pair} | {
         f"{name} {dtype}": replace(pair, dtype=dtype)
@@ -96,7 +98,7 @@ def benches_of(name: str, folder: Path, options: argparse.Namespace) -> dict[str
 
 
 class Bench:
-    """One pair of models in a folder, and how each row is run on it."""
+    """Runs each row with one pair of models, in a folder."""
 
     def __init__(self, folder: Path, pair: Pair, options: argparse.Namespace) -> None:
         folder.mkdir()
@@ -134,7 +136,7 @@ class Bench:
         }
 
     def measure(self, row: str) -> dict:
-        """Per-step seconds, and what was seen of the process."""
+        """Run the process of a row; returns its seconds per step, and its memory and CPU time."""
         if row in OURS:
             return self._ours(OURS[row])
         if row in TRL:
@@ -166,7 +168,7 @@ class Bench:
             "train",
             *self._settings(run_dir, algorithm),
         ]
-        rows = run_dir / "metrics.jsonl"  # the first one is of no step
+        rows = run_dir / "metrics.jsonl"  # the first row belongs to no step
 
         def done():
             return len(rows.read_text().splitlines()) - 1 if rows.is_file() else -1
@@ -229,9 +231,12 @@ def process(seen: watched.Watched) -> dict:
 
 
 def cpu_per_step(cpu_at: dict[int, float], steps: int) -> list[float]:
-    """CPU seconds of each step, with an error of up to half a second of two cores.
+    """The CPU seconds of each step, with an error of up to half a second on each core.
 
-    A step in which no measurement was taken shares the time of the next one.
+    A step in which no measurement was taken gets an equal share of the time up to the next one.
+
+    Args:
+        cpu_at: CPU seconds of the process when a number of steps was first seen to be done.
     """
     results: list[float] = []
     for before, after in pairwise(step for step in sorted(cpu_at) if 0 <= step <= steps):
@@ -247,7 +252,9 @@ def describe(results: dict) -> str:
 
 
 def summary(runs: dict[str, list[dict]], warm_up: int) -> dict[str, dict]:
-    """Per row: medians over the counted steps of every process, rates, and the largest memory."""
+    """For each row: medians over the counted steps of all processes, rates, and the largest
+    memory.
+    """
     results: dict[str, dict] = {}
     for row, processes in runs.items():
         keys = [
@@ -275,9 +282,8 @@ def summary(runs: dict[str, list[dict]], warm_up: int) -> dict[str, dict]:
 
 
 def with_hf_generation(ours: dict, bare: dict) -> dict:
-    """Our step with the time of generate() instead of the engine's and the weight sync's.
-
-    It is computed, not run.
+    """Our step if it used generate(): the times of engine and weight sync are replaced by that of
+    the bare loop's generation. This is computed, not run.
     """
     step_s = ours["step_s"] - ours["rollout_s"] - ours["sync_s"] + bare["rollout_s"]
     other_phases = {key: ours[key] for key in ("score_s", "reward_s", "learn_s")}
@@ -324,7 +330,7 @@ def report(name: str, results: dict[str, dict]) -> None:
 
 
 def report_best(name: str, summaries: dict[str, dict[str, dict]]) -> None:
-    """Our fastest step over the dtypes against TRL's, each of its trainers in its fastest."""
+    """Compare our step in its fastest dtype with each of TRL's trainers in its fastest dtype."""
     if len(summaries) < 2 or not all({"ours", *TRL} <= rows.keys() for rows in summaries.values()):
         return
     best = {
@@ -353,7 +359,7 @@ FLOOR_PARTS = (
 
 
 def floor_s(floor: dict) -> float:
-    """Seconds of all parts of the floor."""
+    """The summed seconds of all parts of the floor."""
     return sum(floor[key] for key in FLOOR_PARTS)
 
 
@@ -373,7 +379,7 @@ def report_floor(floor: dict, ours: float) -> None:
 
 
 def draw(results: dict, picture: Path) -> None:
-    """Stacked phases of each row, one panel a model."""
+    """Draw the stacked phases of each row, in one panel per model."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""The accuracy after equal steps of TRL 1.16's trainers and of this package.
+"""Compares accuracy and KL after equal numbers of steps of TRL 1.16's trainers and of this package.
 
-All begin with the same tiny student, prompts, batch, learning rate and optimizer, over several
+All begin with the same tiny student, prompts, batch size, learning rate and optimizer, for several
 seeds. Every student is judged by the same code: greedy accuracy on held-out Countdown problems, and
 KL(student || teacher) over the whole vocabulary on held-out responses that the initial student
 sampled once. For --trl-python see `tools/bench peers`.
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> dict:
         "teacher": [judge.judge(str(resolve(pair.teacher)))],
     }
     versions: dict[str, str] = {}  # of the interpreter with trl
-    for seed in options.seeds:  # all rows of a seed see the same problems
+    for seed in options.seeds:  # all rows of a seed train on the same problems
         for row in rows:
             with tempfile.TemporaryDirectory(prefix="peers-") as folder:
                 if row in TRL:
@@ -150,7 +150,9 @@ def trained_by_us(folder: Path, row: str, options: argparse.Namespace, seed: int
 
 
 class Judge:
-    """Held-out problems, and one response to each that the initial student drew."""
+    """Judges students by held-out problems, and by one response to each that the initial student
+    sampled.
+    """
 
     def __init__(self, student: str, teacher: str) -> None:
         _, self.problems = load_problems(
@@ -168,7 +170,9 @@ class Judge:
         self.fixed = self.respond(load_model(student), greedy=False)  # [P, T]
 
     def respond(self, model: PreTrainedModel, *, greedy: bool) -> Tensor:
-        """Prompts and responses, [P, T]; padding after the end token."""
+        """[P, T] the token ids of prompts and sampled responses, with padding after the end
+        token.
+        """
         how = (
             {"do_sample": False}
             if greedy
@@ -196,7 +200,7 @@ class Judge:
         return {"accuracy": sum(countdown(texts, **columns)) / len(texts), "kl": float(kl)}
 
     def logprobs(self, model: PreTrainedModel) -> Tensor:
-        """[P, T, V] at the fixed responses."""
+        """[P, T, V] the model's log-probs on the fixed responses."""
         mask = (self.fixed != self.tokenizer.pad_token_id).long()
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         return torch.log_softmax(
@@ -206,7 +210,7 @@ class Judge:
 
 
 def draw(results: dict, picture: Path) -> None:
-    """Accuracy against KL, one point a row."""
+    """Draw accuracy against KL, with one point per row and seed."""
     os.environ["MPLBACKEND"] = "Agg"
     from matplotlib import pyplot
 

@@ -1,7 +1,7 @@
-"""The gain of schedule=pipelined with a device for each phase, and on the CPU of this machine.
+"""Measures the gain of schedule=pipelined with a device for each phase, and on this machine's CPU.
 
-The devices are workers that only wait. Also measured is the gain of rollout.oversample if a few
-responses take much longer than most.
+The devices are workers that only wait. The gain of rollout.oversample is also measured, for a few
+responses that take much longer than most.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WARM_UP = 3
 DRAIN = 2
 SIZE = [f"train.prompts_per_step={PROMPTS}", "train.samples_per_prompt=2"]
 TARGET = 1.05
-"""Largest seconds per step over max(g, s, t) + w."""
+"""Bound on the seconds per step over max(g, s, t) + w."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -65,14 +65,20 @@ def scaled(work: Work, scale: float) -> Work:
 
 
 def step_seconds(stage: Stage, work: Work, steps: int, *overrides: str) -> float:
-    """Mean seconds of `steps` steps, after a warm-up and before the last, which draw no more."""
+    """The mean seconds of `steps` steps after a warm-up. The run has DRAIN more steps at its end,
+    in which nothing is drawn ahead any more.
+    """
     return timed_steps(stage, work, steps, *overrides)[0]
 
 
 def timed_steps(
     stage: Stage, work: Work, steps: int, *overrides: str
 ) -> tuple[float, list[dict[str, float]]]:
-    """(mean seconds of a timed step, rows of metrics of the timed steps)"""
+    """The mean seconds of a timed step, and the rows of metrics of the timed steps.
+
+    Raises:
+        AssertionError: a prompt was lost or used twice.
+    """
     stage.assign(work)
     controller = stage.controller(
         settings_of(*SIZE, f"train.steps={WARM_UP + steps + DRAIN}", *overrides)
@@ -109,7 +115,9 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def waits(stage: Stage, options: argparse.Namespace) -> dict:
-    """Seconds per step of each mix with each schedule, and g + s + t + w and max(g, s, t) + w."""
+    """Compare the seconds per step of each mix and schedule with g + s + t + w and max(g, s, t)
+    + w.
+    """
     rows = {}
     print(
         f"{'seconds per step':18s} {'sync':>7s} {'g+s+t+w':>8s} {'streamed':>9s} "
@@ -143,11 +151,11 @@ def waits(stage: Stage, options: argparse.Namespace) -> dict:
 
 
 def tail(stage: Stage, steps: int, scale: float) -> list[dict[str, float]]:
-    """Seconds of a step, and of the responses it trains on, without and with rollout.oversample.
+    """The seconds of a step and of its responses, without and with rollout.oversample.
 
-    The times of groups are log-normal with p95 / median = 5, and those of a group that is drawn a
-    second time are new. More groups do not slow the others, so the cost of rollout.oversample for a
-    full engine is not included.
+    The times of groups are log-normal with p95 / median = 5; a group that is drawn again takes a
+    new random time. More groups do not slow the others, so the cost of rollout.oversample for a
+    fully used engine is not included.
     """
     results = []
     for share in OVERSAMPLE:

@@ -1,8 +1,8 @@
-"""The plan against real workers: peak memory and bytes of the shipped models on CPUs.
+"""Compares the plan with real workers: peak memory and bytes of the shipped models on CPUs.
 
-Each worker runs in a process of its own, on sequences as long as the plan assumes. Measured is the
-peak of its resident memory less its size after imports, or of its tensors on a GPU
-(`tools/gpu_proof`). The formula was written with the tiny model in view; SmolLM2 tests it.
+Each worker runs in its own process, on sequences as long as the plan assumes. The measured memory
+is the peak of resident memory less the size after imports, or that of the tensors on a GPU
+(`tools/gpu_proof`). The constants of the plan were fitted to the tiny model; SmolLM2 tests them.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BASE = (
     "run.dir=bench",
     "tracking.wandb=disabled",
     "train.products=model",
-    "checkpoint.background=false",  # no copy of the state is made in what is measured
+    "checkpoint.background=false",  # so that no copy of the state is part of the measured memory
 )
 TINY = ("experiment=quickstart",)
 SMOLLM2 = (
@@ -96,7 +96,9 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def compared(case: Case, found: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """(planned, measured) bytes of what this worker holds and sends."""
+    """(planned, measured) bytes of the memory that this worker holds, and of what it sends or
+    saves.
+    """
     settings = case.settings
     plan = make_plan(settings, device=case.device, device_bytes=24 * GIB)
     sizes = plan.sizes
@@ -116,7 +118,11 @@ def compared(case: Case, found: dict[str, int]) -> dict[str, tuple[int, int]]:
 
 
 def measured(case: Case) -> dict[str, int]:
-    """What planned_worker.py prints of rank 0."""
+    """Run planned_worker.py; returns the sizes that rank 0 prints.
+
+    Raises:
+        RuntimeError: rank 0 printed none.
+    """
     settings = case.settings
     ranks = settings.learner.ranks if case.worker == "learner" else 1
     port = free_port()

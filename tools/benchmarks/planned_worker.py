@@ -1,7 +1,7 @@
-"""One worker of a run in a process of its own, with its peak memory: `python -m
+"""Runs one worker in its own process and measures its peak memory: `python -m
 benchmarks.planned_worker WORKER RANK PORT OVERRIDE ...` prints one line of JSON.
 
-Its sequences are as long as the settings allow, as the plan assumes; their tokens mean nothing.
+Its sequences are as long as the settings allow, as the plan assumes; their tokens are arbitrary.
 """
 
 import asyncio
@@ -36,20 +36,22 @@ IMPORTS = {
     "scorer": ["hybridrl.teachers.scorer", "torch._dynamo", "torch._inductor.compile_fx"],
     "engine": ["hybridrl.rollout.engine", "vllm", "vllm.v1.engine.llm_engine"],
 }
-"""What each worker imports before it loads a model; torch's compiler is imported when it is first
-used.
+"""The modules that each worker imports before it loads a model. torch imports its compiler only
+when it is first used, so it is listed here.
 """
 
 
 def in_use(device: str) -> int:
-    """Bytes that this process holds now: of its tensors on a GPU, else resident."""
+    """The bytes that this process holds now: those of its tensors on a GPU, else resident
+    memory.
+    """
     return torch.cuda.memory_allocated() if device == "cuda" else resident("VmRSS")
 
 
 def peak(device: str) -> int:
-    """The most bytes that it has held since the last `forget_peak`."""
+    """The most bytes that this process has held since the last `forget_peak`."""
     now = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
-    return max(now, PeakMemory.highest)  # the workers reset the mark that was just read
+    return max(now, PeakMemory.highest)  # the workers reset the mark of the system
 
 
 def resident(key: str) -> int:
@@ -67,7 +69,7 @@ def forget_peak(device: str) -> None:
 
 
 def longest_batch(settings: RunSettings) -> RolloutBatch:
-    """All sequences of a step, each as long as it may be."""
+    """All sequences of a step, each with the maximal length of prompt and response."""
     response = settings.rollout.response_limit
     length = settings.rollout.sequence_limit
     prompts = prompts_of(settings)
@@ -222,7 +224,7 @@ def main(arguments: Sequence[str]) -> None:
     forget_peak(device)
     sizes = WORKERS[kind](settings, int(rank), int(port))
     print("PLANNED " + json.dumps({"imports": imports, "peak": peak(device), **sizes}), flush=True)
-    os._exit(0)  # gloo's destructors abort now and then
+    os._exit(0)  # gloo's destructors sometimes abort the process
 
 
 if __name__ == "__main__":

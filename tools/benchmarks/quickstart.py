@@ -1,4 +1,4 @@
-"""The quickstart with real workers: sync and pipelined in turns, from the same weights."""
+"""Runs the quickstart with real workers: sync and pipelined in turns, from the same weights."""
 
 import statistics
 import tempfile
@@ -28,7 +28,7 @@ REPORTED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ground:
-    """The running workers of one number of threads."""
+    """Running workers with a certain number of threads."""
 
     settings: RunSettings
     workers: Workers
@@ -38,9 +38,9 @@ class Ground:
 class Turns:
     """The results of the turns of one variant, one entry a turn."""
 
-    # the time of a turn over its number of steps, the first and the last one included
+    # the time of a turn divided by its number of steps, including the first and the last step
     step_s: list[float] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)  # held out, after the turn
+    accuracy: list[float] = field(default_factory=list)  # on held-out problems after the turn
     rows: list[list[dict[str, float]]] = field(default_factory=list)
 
     def summary(self) -> dict:
@@ -58,20 +58,20 @@ class Turns:
 
 
 def busy_s(row: dict[str, float]) -> float:
-    """Seconds of a sync step in which some worker was busy; the rest is controller and Ray.
+    """The seconds of a sync step in which some worker was busy; the rest is controller and Ray.
 
     The step has one chunk: scoring and rewards begin together after sampling, so the longer of both
-    counts, and all other phases follow one after the other. Reward workers have no clock; their
-    time is how long the controller waited for them.
+    counts, and all other phases follow one after the other. Reward workers do not measure their
+    time; the time that the controller waited for them is used instead.
     """
     judged = max(row["time/scorers_busy_s"], row["time/reward_s"])
     return row["time/response_s_max"] + judged + row["time/learner_busy_s"] + row["time/sync_s"]
 
 
 def compare_schedules(steps: int, turns: int) -> dict:
-    """Run `turns` times `steps` steps of each variant, interleaved.
+    """Run `turns` turns of `steps` steps of each variant, interleaved; returns all results.
 
-    Each turn begins with the weights and the optimizer of the same first step.
+    Each turn begins with the weights and the optimizer's state after the same first step.
     """
     connect(settings_of())
     try:

@@ -1,4 +1,6 @@
-"""Production workers with a clock, and the bare loops with which they are compared; all actors."""
+"""Production workers that measure their time, and the bare loops with which they are compared. All
+of them run as actors.
+"""
 
 import os
 import time
@@ -41,7 +43,7 @@ from hybridrl.weights.stream import WeightStream, unpack
 
 
 class WeightHost:
-    """A worker for the learner's place: a model and its WeightStream, without an optimizer."""
+    """A worker in place of the learner: a model and its WeightStream, without an optimizer."""
 
     def __init__(
         self, settings: RunSettings, *, rank: int, master: tuple[str, int], device: str
@@ -49,7 +51,7 @@ class WeightHost:
         weights = FullFineTuning(load_model(settings.model.path, settings.model.dtype))
         self.stream = WeightStream(weights.published(), lambda parameters: nullcontext())
         self.pack_s = 0.0
-        self.copy: np.ndarray | None = None  # memory for `parts`
+        self.copy: np.ndarray | None = None  # the target of the memcpy in `parts`
 
     def ping(self) -> str:
         return "here"
@@ -78,7 +80,7 @@ class WeightHost:
 
 
 class TimedRollout(Rollout):
-    """A rollout worker that measures its last weight update."""
+    """A rollout worker that measures the time of its last weight update."""
 
     load_s = 0.0
 
@@ -92,11 +94,13 @@ class TimedRollout(Rollout):
         return self.load_s
 
     async def keep(self, manifest: WeightManifest, packed: np.ndarray) -> None:
-        """Copy the weights into the memory of this process."""
+        """Copy the weights into the memory of this process, for `own_load`."""
         self.weights = (manifest, np.array(packed))
 
     async def own_load(self) -> float:
-        """Seconds of the engine's own load of weights in its memory, without digest and checks."""
+        """The seconds that the engine itself needs to load the kept weights, without digest and
+        checks.
+        """
         started = time.perf_counter()
         self.engine.collective_rpc("start_weight_update")
         self.engine.collective_rpc(load_plainly, args=self.weights)
@@ -109,8 +113,8 @@ def load_plainly(worker: Any, manifest: WeightManifest, packed: np.ndarray) -> N
 
 
 class BareEngine:
-    """The same vLLM engine with nothing around it: add every request, step until all are done. It
-    has no statistics.
+    """The same vLLM engine in a bare loop: add all requests, and step until all are done. Its
+    statistics are off.
     """
 
     def __init__(self, settings: RunSettings) -> None:
@@ -144,7 +148,7 @@ class BareEngine:
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
                 name = f"{order.wave}/{prompt.uid}/{k}"
-                salt = order.wave  # no prefix of an earlier call is reused
+                salt = order.wave  # prevents the reuse of prefixes of earlier calls
                 self.engine.add_request(
                     name,
                     TokensPrompt(prompt_token_ids=list(prompt.input_ids), cache_salt=salt),
@@ -156,10 +160,11 @@ class BareEngine:
 
 
 class BareLearner:
-    """Forward, our head pass, backward, clipping and AdamW on fp32 weights, in a bare loop.
+    """Forward pass, our head pass, backward pass, clipping and AdamW on fp32 weights in a bare
+    loop.
 
-    Its micro-batches are made beforehand. Layers and optimizer are the product's, so the difference
-    is the overhead of the product.
+    Its micro-batches are made beforehand. Layers and optimizer are those of the product, so the
+    difference in time is the product's overhead.
     """
 
     def __init__(self, settings: RunSettings) -> None:
@@ -207,7 +212,7 @@ class BareLearner:
         ]
 
     def update(self) -> float:
-        """Take a step; returns its seconds."""
+        """Take a training step; returns its seconds."""
         started = time.perf_counter()
         for micro in self.micros:
             inputs = {

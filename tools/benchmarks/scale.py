@@ -1,7 +1,7 @@
-"""The controller's cost of a step at the sizes of a large cluster, with workers that do nothing.
+"""Measures the controller's cost of a step at the sizes of a large cluster, with idle workers.
 
-Each worker is a process as far as the memory goes; beyond it each process answers for several
-workers, and the controller cannot tell.
+Each worker is a process of its own as long as the memory suffices. With more workers, each process
+answers for several of them, which makes no difference to the controller.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from hybridrl.runtime.calls import Meter
 from hybridrl.settings.run import RunSettings
 
 SAMPLES = 2
-"""Responses of a group."""
+"""The number of responses in a group."""
 PROMPT_TOKENS = 8
 MARGIN = 1.25
-"""A cost that grows by more than this times its axis is more than linear."""
+"""A cost counts as more than linear if it grows by more than this factor times its axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +33,8 @@ class Size:
     engines: int
     scorers: int
     ranks: int
-    groups: int  # of a wave, each a chunk of its own
-    tokens: int = 16  # of a response
+    groups: int  # groups of a wave; each is a chunk of its own
+    tokens: int = 16  # tokens of a response
 
     @property
     def workers(self) -> int:
@@ -54,7 +54,9 @@ class Size:
         )
 
     def shrunk(self, workers: int) -> "Size":
-        """The same proportions with about so many workers, at least one of each kind."""
+        """A size with about `workers` workers in the same proportions, at least one of each
+        kind.
+        """
         share = workers / self.workers
         return replace(
             self,
@@ -66,14 +68,14 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Of one step of the controller's process."""
+    """The cost of one step in the controller's process."""
 
     wall_s: float
-    cpu_s: float  # of all threads, Ray's included
-    main_s: float  # CPU seconds of the thread of the controller
-    calls: int  # to workers
-    flight_bytes: int  # rollouts and scores of the wave, by the workers' own count
-    store_bytes: int  # growth of the shared memory of the object store
+    cpu_s: float  # CPU seconds of all threads, including Ray's
+    main_s: float  # CPU seconds of the controller's thread
+    calls: int  # number of calls to workers
+    flight_bytes: int  # bytes of the wave's rollouts and scores, as the workers report them
+    store_bytes: int  # growth of the object store's shared memory
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -119,14 +121,16 @@ PARTS = ("agreement", "axes", "whole")
 
 
 def stage_of(size: Size) -> Stage:
-    """A process for each worker of `size`."""
+    """A stage with a process for each worker of `size`."""
     stage = Stage(size.settings(steps=1))
     stage.assign(Work())
     return stage
 
 
 def axes(stage: Stage, whole: Size, few: Size, options: argparse.Namespace) -> dict:
-    """The costs along each axis, from one sixteenth of its full length; the others are short."""
+    """Measure the costs along each axis, from a sixteenth of its full length on, while the other
+    axes are short.
+    """
     base = replace(few, groups=options.base_groups)
     together = [whole.shrunk(whole.workers // n) for n in (16, 4, 1)]
     lengths = {
@@ -155,7 +159,9 @@ def fourfold(largest: int) -> list[int]:
 
 
 def growth(rows: Sequence[dict], axis: str) -> str:
-    """How the CPU of the process grew in the last step along an axis, beside the axis itself."""
+    """A sentence that compares the growth of CPU time between an axis's last two points with the
+    growth of the axis.
+    """
     before, last = rows[-2:]
     times = last["size"][axis] / before["size"][axis]
     cost = last["cpu_s"] / before["cpu_s"]
@@ -164,7 +170,11 @@ def growth(rows: Sequence[dict], axis: str) -> str:
 
 
 def measured(stage: Stage, size: Size, repeats: int, *, processes: Size, warm_up: int = 1) -> dict:
-    """The medians of the costs of some steps, and the memory that all of them need."""
+    """The medians of the costs of `repeats` steps, and the memory that all of them need.
+
+    Args:
+        processes: the size of the stage, whose processes answer for the workers of `size`.
+    """
     resident = trimmed_memory()
     controller = stage.controller(
         size.settings(steps=warm_up + repeats),
@@ -204,14 +214,14 @@ def step_cost(controller) -> Cost:
 
 
 def store_bytes() -> int:
-    """The used bytes of the object stores."""
+    """The bytes in use in the object stores of all nodes."""
     name = "object_store_memory"
     return int(ray.cluster_resources().get(name, 0) - ray.available_resources().get(name, 0))
 
 
 def trimmed_memory() -> int:
-    """The resident memory of this process in bytes, after free memory is given back; VmHWM, its
-    peak, starts from there again. Linux.
+    """Return free memory to the system and reset VmHWM, the peak of resident memory, which needs
+    Linux; returns the resident memory of this process in bytes.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -220,7 +230,7 @@ def trimmed_memory() -> int:
 
 
 def memory(field: str) -> int:
-    """VmRSS, the resident memory of this process, or VmHWM, its peak; in bytes."""
+    """VmRSS, the resident memory of this process in bytes, or VmHWM, its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
@@ -268,7 +278,7 @@ def draw(results: dict, path: Path) -> None:
 
 
 def length(row: dict, axis: str) -> int:
-    """Where a row lies on an axis; that of the workers is the sum of all kinds."""
+    """The position of a row on an axis; on the axis `workers` it is the sum of all kinds."""
     size = row["size"]
     if axis == "workers":
         return size["engines"] + size["scorers"] + size["ranks"]

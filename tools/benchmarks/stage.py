@@ -1,4 +1,4 @@
-"""The production controller, sampling, pipeline and groups, with any workers behind them."""
+"""Builds the production controller, sampling, pipeline and groups around any workers."""
 
 import copy
 import logging
@@ -93,14 +93,14 @@ def controller_of(
 
 
 def trained_by(controller: Controller) -> list[str]:
-    """The prompts that it trained on, by its ledger."""
+    """The uids of the prompts that a controller has trained on, by its ledger."""
     return [
         uid for line in read_ledger(controller.checkpointer.root.parent) for uid in line["trained"]
     ]
 
 
 def resized(group: TypedGroup, settings: RunSettings, size: int | None) -> TypedGroup:
-    """A copy of a group with other settings and `size` names; None: as many as it has."""
+    """A copy of a group with other settings and `size` names; None: as many as the group has."""
     copied = copy.copy(group)
     copied.settings = settings
     copied.group = named(group.group, size or group.group.size)
@@ -108,10 +108,11 @@ def resized(group: TypedGroup, settings: RunSettings, size: int | None) -> Typed
 
 
 def named(group: ActorGroup, size: int) -> ActorGroup:
-    """The same actors under `size` names, in turn: fewer names leave some actors idle, and with
-    more names than actors each actor answers for several.
+    """A copy of a group with `size` names, which are assigned to its actors in turn: with fewer
+    names some actors are idle, with more names an actor answers for several.
 
-    A worker that takes no time and returns what its arguments determine answers as several would.
+    One worker can answer for several, because the fake workers take no time and return values that
+    depend only on their arguments.
     """
     copied = copy.copy(group)
     places = [i % group.size for i in range(size)]
@@ -128,15 +129,19 @@ def named(group: ActorGroup, size: int) -> ActorGroup:
 
 
 class Stage:
-    """Fake workers on a Ray of their own, or on the one that this process is connected to already,
-    which is left running. Use as a context manager.
+    """Fake workers and a controller for them, as a context manager. They run on a Ray that this
+    process is connected to already, which is left running, else on a new one.
 
     Example: with Stage(settings_of()) as stage: stage.assign(Work(generate_s=0.5));
     stage.controller(settings).step()
     """
 
     def __init__(self, settings: RunSettings, *, store_bytes: int | None = None) -> None:
-        """Args: store_bytes: of the object store of a Ray of their own; None: Ray's choice."""
+        """Start the workers.
+
+        Args:
+            store_bytes: the size of the object store of a new Ray; None: Ray's default.
+        """
         self.settings = settings
         self.owns_ray = not ray.is_initialized()
         if self.owns_ray:
@@ -202,8 +207,11 @@ class Stage:
         ranks: int | None = None,
         prompt_tokens: int = 8,
     ) -> Controller:
-        """A fresh run over the same workers, or over so many names of each kind as given; see
-        `named`.
+        """The controller of a new run with the same workers.
+
+        Args:
+            engines, scorers, ranks: the numbers of names of each kind, see `named`; None: one for
+                each actor.
         """
         present = self.workers
         rollout = resized(present.rollout, settings, engines)

@@ -1,7 +1,7 @@
-"""The start of a run: each worker of the quickstart alone, and all of them together.
+"""Measures the start of each worker of the quickstart alone, and of all workers together.
 
-A worker's time is from the order to its process until its first answer: import, model and engine.
-Where every worker has its own cores, all together take as long as the slowest one.
+The time of a worker is from the start of its process until its first answer: import, model, engine.
+If every worker had its own cores, all together would take as long as the slowest one.
 """
 
 import argparse
@@ -36,7 +36,7 @@ MODULES = {
     "scorer": "hybridrl.teachers.scorer",
     "reward": "hybridrl.rewards.worker",
 }
-"""What each process of a run imports before it does anything."""
+"""The module that each process of a run imports before it does anything else."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> dict:
     print("imports, s: " + "  ".join(f"{name} {s:.1f}" for name, s in imports.items()), flush=True)
     settings = settings_of()
     starts: dict[str, list[float]] = {name: [] for name in (*options.workers, TOGETHER)}
-    with Cluster(settings):  # one Ray for all
+    with Cluster(settings):  # all workers share one Ray
         for _ in range(options.repeats):
             for name, seconds in starts.items():
                 seconds.append(start_seconds(settings, STARTS[name]))
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def together_over_slowest(starts: dict[str, list[float]]) -> float:
-    """By the medians of the repeats."""
+    """The median time of all workers together over that of the slowest worker alone."""
     medians = {name: statistics.median(seconds) for name, seconds in starts.items()}
     return medians.pop(TOGETHER) / max(medians.values())
 
@@ -91,7 +91,7 @@ def import_seconds(module: str) -> float:
 
 
 Start = Callable[[RunSettings, Cluster, Slots, str], list]
-"""Starts some workers, waits for their first answers, and returns their groups."""
+"""A function that starts some workers, waits for their first answers, and returns their groups."""
 
 
 def engine_alone(settings: RunSettings, cluster: Cluster, slots: Slots, logs: str) -> list:

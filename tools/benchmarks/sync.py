@@ -1,4 +1,4 @@
-"""Sending weights to a real vLLM engine, compared with one memcpy and the engine's own load."""
+"""Compares sending weights to a real vLLM engine with one memcpy and the engine's own load."""
 
 import argparse
 import statistics
@@ -16,7 +16,7 @@ from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.run import RunSettings
 
 TARGET = 1.5
-"""Largest total over memcpy + the engine's own load."""
+"""Bound on the total time over that of one memcpy and the engine's own load."""
 TINY = ["model.path=builtin:countdown-student"]
 MODELS = {
     "tiny fp32": TINY,
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> dict:
         "ratio",
     )
     print(f"{'ms, medians':14s}" + "".join(f"{column:>9s}" for column in columns))
-    with Cluster(settings_of()):  # one Ray for all
+    with Cluster(settings_of()):  # all models share one Ray
         for name in options.models:
             rows[name] = measure(settings_of(*MODELS[name]), options.repeats)
             show(name, rows[name])

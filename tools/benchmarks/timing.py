@@ -1,4 +1,4 @@
-"""Timing of variants that take turns, so that a slow moment of the machine affects all of them."""
+"""Times variants that take turns, so that a slow moment of the machine affects all of them."""
 
 import statistics
 import time
@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 def interleaved(
     calls: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` times in turn; the first `warm_up` turns are not counted.
+    """The seconds of each call in `repeats` turns, after `warm_up` turns that are not counted.
 
     Args:
-        calls: name -> call, which returns when its work is done (a GPU's too).
+        calls: functions by name, which return when their work is done, also that on a GPU.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + repeats):

@@ -1,4 +1,4 @@
-"""Sending weights to engines on many nodes: how many copies each node sends, and the time.
+"""Measures how many copies each node sends, and the time, when weights go to engines on many nodes.
 
 The nodes are Ray's own fake ones: each has an object store, and all share this machine.
 """
@@ -26,15 +26,15 @@ from hybridrl.runtime.weight_sync import WeightSync
 from hybridrl.settings.choices import WeightTransfer
 
 REPORT_S = 0.25
-"""Between two reports of a node's counters."""
+"""The interval between two reports of a node's counters."""
 STABLE_S = 1.0
-"""Counters that did not change for so long, several reports, have arrived."""
+"""Counters that did not change for this time, which is several reports, are complete."""
 LIMIT_S = 20.0
-"""For the counters to arrive."""
+"""The longest wait for the counters to be complete."""
 
 
 class DirectRollout(FakeRollout):
-    """Leaves the copies to Ray."""
+    """A group that leaves the copies to Ray."""
 
     def _copy_to_nodes(self, engines, packed) -> None: ...
 
@@ -68,8 +68,11 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def expected_copies(nodes: int, trials: int = 1000) -> float:
-    """Copies that the busiest senders of all rounds send one after the other: Ray takes each copy
-    from a node that it draws among those that have one. The source is one of the nodes.
+    """The expected number of copies that are sent one after the other, summed over the busiest
+    sender of each round. Ray fetches each copy from a node that it draws among those that have one.
+
+    Args:
+        nodes: the number of nodes, including the source.
     """
     rng = np.random.default_rng(0)
     holders = 1
@@ -101,7 +104,9 @@ def measure(nodes: int, options: argparse.Namespace) -> list[dict]:
 
 
 def publish(way: str, nodes: int, options: argparse.Namespace) -> dict:
-    """Publish some versions of the weights; the seconds of each, and the copies of the last."""
+    """Publish some versions of the weights; returns the seconds of each, and the copies of the
+    last.
+    """
     engines = nodes * options.engines_per_node
     settings = settings_of(f"rollout.engines={engines}", "cluster.spread=true")
     backend = WeightTransfer.object_store
@@ -164,8 +169,8 @@ def publish(way: str, nodes: int, options: argparse.Namespace) -> dict:
 
 
 def settled_counters() -> dict[str, dict[str, float]]:
-    """The counters once they no longer change and all that was sent is received, as the two ends of
-    a transfer report it at different times; or what they are after a limit.
+    """The counters when they no longer change and as much was received as was sent, because the two
+    ends of a transfer report it at different times; or their values after LIMIT_S.
     """
     limit = time.monotonic() + LIMIT_S
     last = counters()
@@ -183,7 +188,7 @@ def settled_counters() -> dict[str, dict[str, float]]:
 
 
 def counters() -> dict[str, dict[str, float]]:
-    """Bytes that each node has sent and received, by Ray's metrics."""
+    """The bytes that each node has sent and received, by Ray's metrics."""
     result = {}
     for node in ray.nodes():
         address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

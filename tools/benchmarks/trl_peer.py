@@ -2,9 +2,9 @@
 
     python trl_peer.py distillation|grpo ORDER.json
 
-ORDER has student, teacher, problems (.jsonl), reward (file.py:function), dtype, prompts, samples,
-max_new_tokens, steps, lr, betas, threads, repeat_prompts and save (a folder, or null). Only TRL,
-transformers and the standard library are imported.
+ORDER has work (a folder), student, teacher, problems (.jsonl), reward (file.py:function), dtype,
+prompts, samples, max_new_tokens, steps, lr, betas, threads, save (a folder, or null), and
+optionally seed and grpo (further arguments of GRPOConfig). Nothing of this project is imported.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ MARK = "PEER "
 
 
 class Clock(TrainerCallback):
-    """Wall and CPU seconds between the ends of steps, data loading included, and the losses."""
+    """Records wall and CPU seconds at the start and at the end of each step, and TRL's logs."""
 
     def __init__(self) -> None:
         self.ends: list[tuple[float, float]] = []
@@ -49,7 +49,7 @@ class Clock(TrainerCallback):
 
 
 def common(order: dict) -> dict:
-    """Arguments of both trainers; everything else is TRL's default."""
+    """The arguments of both trainers' configs; all others have TRL's defaults."""
     return {
         "output_dir": order["work"],
         "use_cpu": True,
@@ -86,14 +86,14 @@ def reward_function(name: str):
     if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         return score
 
-    def reward(**columns) -> list[float]:  # TRL gives every column to every function
+    def reward(**columns) -> list[float]:  # TRL passes every column to every function
         return score(**{key: columns[key] for key in takes})
 
     return reward
 
 
 def trainer_of(kind: str, order: dict, rows: list[dict], clock: Clock):
-    if kind == "distillation":  # one response a prompt: K of them are K rows
+    if kind == "distillation":  # it samples one response per row: K responses need K rows
         rows = [row for row in rows for _ in range(order["samples"])]
         args = DistillationConfig(
             **common(order), beta=1.0, teacher_model_init_kwargs={"dtype": order["dtype"]}
@@ -117,7 +117,7 @@ def trainer_of(kind: str, order: dict, rows: list[dict], clock: Clock):
 
 
 def timed_generation(trainer) -> list[float]:
-    """Seconds of each call of model.generate from here on."""
+    """A list that receives the seconds of each later call of the trainer's model.generate."""
     seconds = []
     generate = trainer.model.generate
 

@@ -1,4 +1,6 @@
-"""Run a process and measure its time, its memory, and the load of the machine by others."""
+"""Runs a process and measures its time, its memory, and the load of the machine by other
+programs.
+"""
 
 import json
 import os
@@ -17,9 +19,9 @@ EVERY_S = 0.5
 
 @dataclass(slots=True)
 class Watched:
-    """The measurements of a process and its children, updated while it runs.
+    """The measurements of a process and its descendants, updated while it runs.
 
-    Memory is anonymous (private, not file-backed), summed over the processes that run at the same
+    Memory is resident memory that is not shared, summed over the processes that run at the same
     time.
     """
 
@@ -27,12 +29,12 @@ class Watched:
     cpu_s: float = 0.0
     wall_s: float = 0.0
     others_cores: float = 0.0  # mean number of cores that other programs used while it computed
-    # CPU seconds so far, when `progress` first returned this number of steps
+    # CPU seconds when `progress` first returned a number of steps, by this number
     cpu_at: dict[int, float] = field(default_factory=dict)
     output: str = field(default="", repr=False)
 
     def printed(self) -> dict[str, Any]:
-        """The JSON that one of the peers' scripts printed."""
+        """The JSON that a script of a peer has printed."""
         line = next(line for line in self.output.splitlines() if line.startswith("PEER "))
         return json.loads(line.removeprefix("PEER "))
 
@@ -45,14 +47,15 @@ def run(
     limit_s: float = 3600.0,
     progress: Callable[[], int] = lambda: 0,
 ) -> Watched:
-    """Run a command to its end; `output` has its stdout and stderr.
+    """Run a command to its end; `output` of the result has its stdout and stderr.
 
     Args:
-        under: a command that runs it, e.g. "taskset -c 0,1".
+        under: a command that runs the given one, e.g. "taskset -c 0,1".
+        env: environment variables that are added to those of this process.
         progress: returns how many steps are done; called twice a second.
 
     Raises:
-        RuntimeError: it failed, or took longer than limit_s.
+        RuntimeError: the command failed, or took longer than limit_s.
     """
     seen = Watched()
     started = time.perf_counter()
@@ -108,7 +111,7 @@ def watch(pid: int, seen: Watched, done: threading.Event, progress: Callable[[],
             cpu[process.pid] = times.user + times.system
         now = (time.perf_counter(), busy_s(), sum(cpu.values()))
         wall, busy, own = (b - a for a, b in zip(before, now, strict=True))
-        if own > wall / 5:  # it computes
+        if own > wall / 5:  # the watched process is computing
             others_s += max(busy - own, 0.0)
             computing_s += wall
         before = now

@@ -332,7 +332,7 @@ def run_checks(run: Run, steps: int, dtype: str, transfer: str) -> Iterator[Chec
         reason="schedule=sync samples with the newest weights",
     )
     sync_s = median(row["time/sync_s"] for row in rows)
-    if "time/turn_s" in rows[0]:  # with turns, time/sync_s contains the release of memory
+    if "time/turn_s" in rows[0]:  # then time/sync_s includes the turns
         yield figure(f"{run.name}: weight sync", sync_s, "s", "median, turns included")
     else:
         yield within(

@@ -1,1 +1,1 @@
-"""Which lines of the product that depend on the device are executed by the tests."""
+"""Records which lines of the product that depend on the device are executed by the tests."""

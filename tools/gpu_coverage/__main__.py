@@ -27,11 +27,15 @@ TESTS = [
     "tests/controller/test_rounding.py",
     "tests/controller/test_graph.py",
 ]
-"""Which execute all lines that any test executes."""
+"""The default tests: together they execute every device-dependent line that any test executes."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run tests, and write what they executed into the report.
+    """Run tests, record the executed lines in the report, and print the report's problems.
+
+    Args:
+        arguments: `--anew`, which ignores what earlier runs executed, and arguments of pytest; no
+            others: TESTS.
 
     Returns:
         The exit status: 0 if all tests passed and each line that no test executes has a reason.
@@ -59,7 +63,7 @@ def main(arguments: list[str]) -> int:
 
 
 def environment(folder: str) -> dict[str, str]:
-    """In which every Python process records the lines that it executes."""
+    """An environment in which every Python process records its executed lines in `folder`."""
     paths = [str(START), str(ROOT / "tools"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return os.environ | {FOLDER: folder, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 

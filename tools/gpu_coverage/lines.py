@@ -1,10 +1,10 @@
-"""The lines of a source file whose execution may depend on the device.
+"""Finds the lines of a source file whose execution may depend on the device.
 
-An expression names a device if it has an identifier with one of IDENTIFIERS in it, or a string that
-is one of STRINGS. A statement counts if it names a device, is within a block whose condition does,
-or is in a function whose name or decorator does. Of a statement that counts, so do the operands of
-its conditional expressions, `a if c else b`, `c and a` and `c or a`, because a statement that was
-executed may have evaluated one of them alone.
+An expression names a device if it has an identifier that matches IDENTIFIERS, or a string that is
+in STRINGS. A statement counts if it names a device, is in a block whose condition names one, or is
+in a function whose name or decorator names one. The operands of its conditional expressions, `a if
+c else b`, `c and a` and `c or a`, then count as lines too, because an execution of the statement
+may evaluate only some of them.
 """
 
 import ast
@@ -22,7 +22,9 @@ IDENTIFIERS = re.compile(
 )
 STRINGS = frozenset({"cpu", "cuda", "gloo", "nccl", "ipc", "GPU", "CUDA_VISIBLE_DEVICES"})
 HIT = "__gpu_lines_hit__"
-"""The function, among Python's built-ins, that an instrumented line calls with its name."""
+"""The name of the function that an instrumented line calls with the line's own name. It is added to
+Python's built-ins.
+"""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 NO_LINES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Global, ast.Nonlocal)
@@ -30,18 +32,18 @@ NO_LINES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Global, ast
 
 @dataclass(frozen=True, slots=True)
 class DeviceFunction:
-    """A function with lines that count.
+    """A function and those of its lines that count.
 
     Example: `def f(gpu): return 1 if gpu else 2` has the lines "return 1 if gpu else 2", "1 [of 1
     if gpu else 2]" and "2 [of 1 if gpu else 2]".
     """
 
     name: str  # qualified by its classes
-    lines: tuple[str, ...]  # unique; a repeated text has its number behind it
+    lines: tuple[str, ...]  # unique; a repeated text is followed by its number
 
     @property
     def digest(self) -> str:
-        """Of all lines; equal for sources that differ in layout and comments alone."""
+        """A digest of all lines, equal for sources that differ only in layout and comments."""
         return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()[:12]
 
 
@@ -54,7 +56,10 @@ def device_functions(tree: ast.Module) -> list[DeviceFunction]:
 
 
 def functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function]]:
-    """Functions of a module and methods of its classes; what is nested in one is part of it."""
+    """The functions of a module and the methods of its classes, by qualified name.
+
+    Functions that are nested in another function are part of that function.
+    """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Function):
             yield prefix + child.name, child
@@ -63,7 +68,7 @@ def functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function]]
 
 
 def named_nodes(function: Function) -> Iterator[tuple[str, ast.AST]]:
-    """The statements and operands of a function that count, each with a text that is unique."""
+    """The statements and operands of a function that count, each with a unique text."""
     seen: Counter[str] = Counter()
     decorators = [node for tree in function.decorator_list for node in ast.walk(tree)]
     everywhere = IDENTIFIERS.search(function.name) or any(map(names_device, decorators))
@@ -74,11 +79,11 @@ def named_nodes(function: Function) -> Iterator[tuple[str, ast.AST]]:
 
 
 def texts(block: ast.AST, *, counts: bool) -> Iterator[tuple[str, ast.AST, bool]]:
-    """The statements of a compound statement and their operands, in their order, and whether each
-    counts.
+    """Yield the statements of a block and their conditional operands in order, each with its text
+    and whether it counts.
 
     Args:
-        counts: whether all of them do.
+        counts: whether all of them count, because the block itself names a device.
     """
     for statement in statements(block):
         if not isinstance(statement, NO_LINES) and not is_docstring(statement):
@@ -93,7 +98,7 @@ def texts(block: ast.AST, *, counts: bool) -> Iterator[tuple[str, ast.AST, bool]
 
 
 def own_nodes(statement: ast.AST) -> Iterator[ast.AST]:
-    """The expressions of a statement; those of the statements of its blocks are their own."""
+    """The expressions of a statement, without those of the statements in its blocks."""
     for child in ast.iter_child_nodes(statement):
         if not isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)):
             yield child
@@ -111,7 +116,7 @@ def names_device(node: ast.AST) -> bool:
 
 
 def statements(node: ast.AST) -> Iterator[ast.stmt]:
-    """Those of the blocks of a compound statement."""
+    """The statements in the blocks of a compound statement."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.stmt):
             yield child
@@ -120,7 +125,7 @@ def statements(node: ast.AST) -> Iterator[ast.stmt]:
 
 
 def operands(node: ast.AST) -> list[ast.expr]:
-    """Those that are not evaluated each time."""
+    """The operands of a conditional expression or of `and` and `or` that may not be evaluated."""
     if isinstance(node, ast.IfExp):
         return [node.body, node.orelse]
     return node.values[1:] if isinstance(node, ast.BoolOp) else []
@@ -131,13 +136,15 @@ def is_docstring(statement: ast.stmt) -> bool:
 
 
 def head(statement: ast.stmt) -> str:
-    """The first line of a compound statement, a simple one as a whole."""
+    """The first line of a compound statement, or a whole simple statement, as text."""
     text = ast.unparse(statement)
     return text.partition("\n")[0] if hasattr(statement, "body") else " ".join(text.split("\n"))
 
 
 def of_package(package: Path) -> dict[str, list[DeviceFunction]]:
-    """By the path of each file from the package's parent folder; files without any are left out."""
+    """The functions of each file with lines that count, by the file's path relative to the
+    package's parent folder.
+    """
     found = {}
     for path in sorted(package.rglob("*.py")):
         if own := device_functions(ast.parse(path.read_text())):
@@ -149,10 +156,10 @@ def of_package(package: Path) -> dict[str, list[DeviceFunction]]:
 
 
 def instrumented(source: str, path: str) -> ast.Module:
-    """The module, in which every line that counts calls HIT with its name when it is executed.
+    """The module, changed so that every line that counts calls HIT with its name when executed.
 
     Args:
-        path: the name of the file in the names of lines.
+        path: the path of the file, which begins the names of its lines.
     """
     tree = ast.parse(source)
     for name, function in functions(tree):
@@ -162,7 +169,7 @@ def instrumented(source: str, path: str) -> ast.Module:
 
 
 class Marker(ast.NodeTransformer):
-    """Puts a call before each statement, and into each operand, that has a mark."""
+    """Inserts a call of HIT before each statement, and into each operand, that has a mark."""
 
     def __init__(self, marks: dict[ast.AST, str]) -> None:
         self.marks = marks

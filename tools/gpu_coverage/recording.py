@@ -1,7 +1,7 @@
-"""Records in every process which lines that depend on the device are executed.
+"""Records, in every process, which lines that depend on the device are executed.
 
-The process imports the product's files instrumented. A line is written to the file of the process
-when it is executed for the first time, so that nothing is lost where a process is killed.
+The process imports instrumented source of the product. A line is written to the file of the process
+when it is executed for the first time, so that nothing is lost if the process is killed.
 """
 
 import builtins
@@ -16,12 +16,12 @@ from types import CodeType, ModuleType
 from gpu_coverage.lines import HIT, instrumented
 
 FOLDER = "GPU_LINES_FOLDER"
-"""The variable with the folder of the recordings."""
+"""The environment variable with the folder of the recordings."""
 PACKAGE = "hybridrl"
 
 
 class Loader(SourceFileLoader):
-    """Compiles the instrumented source, and neither reads nor writes a file of bytecode."""
+    """Compiles the instrumented source of a module, without reading or writing a bytecode file."""
 
     def get_code(self, fullname: str) -> CodeType:
         name = fullname.replace(".", "/") + ("/__init__" * self.is_package(fullname)) + ".py"
@@ -30,7 +30,7 @@ class Loader(SourceFileLoader):
 
 
 class Finder(MetaPathFinder):
-    """Finds the files of the product."""
+    """Finds the modules of the product and gives them the instrumenting Loader."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -44,7 +44,7 @@ class Finder(MetaPathFinder):
 
 
 class Recorder:
-    """Writes each name once for each process; a forked process writes into the same file."""
+    """Writes the name of each executed line once; a forked process writes into the same file."""
 
     def __init__(self, folder: Path) -> None:
         self.seen: set[str] = set()
@@ -58,12 +58,12 @@ class Recorder:
 
 
 def install() -> None:
-    """For this process, where the variable FOLDER is set."""
+    """Start recording in this process, if the environment variable FOLDER is set."""
     if folder := os.environ.get(FOLDER):
         setattr(builtins, HIT, Recorder(Path(folder)).hit)
         sys.meta_path.insert(0, Finder())
 
 
 def recorded(folder: Path) -> set[str]:
-    """The lines that any process has executed."""
+    """The names of all lines that any process has executed."""
     return {line for file in folder.iterdir() for line in file.read_text().splitlines()}

@@ -1,5 +1,5 @@
-"""The checked-in report: each function that depends on the device, and the lines of it that no test
-executes, each with the reason.
+"""The checked-in report: each function that depends on the device, and those of its lines that no
+test executes, each with the reason.
 """
 
 import json
@@ -10,22 +10,22 @@ from gpu_coverage.lines import DeviceFunction
 
 PATH = Path(__file__).parent / "report.json"
 WHOLE = "*"
-"""Stands for all lines of a function."""
+"""The key in `not_executed` that stands for all lines of a function."""
 
 Functions = dict[str, list[DeviceFunction]]
 
 
 @dataclass
 class Entry:
-    """What is known of a function."""
+    """What the report says about a function."""
 
-    digest: str  # of its lines when they were recorded
-    lines: int
-    not_executed: dict[str, str] = field(default_factory=dict)  # the reason, by the line or WHOLE
+    digest: str  # the digest of its lines when they were recorded
+    lines: int  # the number of its lines
+    not_executed: dict[str, str] = field(default_factory=dict)  # reasons, by the line or WHOLE
 
 
 Report = dict[str, dict[str, Entry]]
-"""Entries by the path of the file and the name of the function."""
+"""Entries by the path of the file, and then by the name of the function."""
 
 
 def load(path: Path = PATH) -> Report:
@@ -49,7 +49,9 @@ def save(report: Report, path: Path = PATH) -> None:
 
 
 def problems(functions: Functions, report: Report) -> list[str]:
-    """What is not as the report says, one sentence each; empty: all lines are accounted for."""
+    """The differences between report and source, one sentence each; empty: every line that counts
+    is executed or has a reason.
+    """
     found = []
     for file, own in functions.items():
         recorded = report.get(file, {})
@@ -72,11 +74,13 @@ def problems(functions: Functions, report: Report) -> list[str]:
 def updated(functions: Functions, report: Report, executed: set[str]) -> Report:
     """The report after a run of tests.
 
-    A line of an unchanged function remains executed although this run did not execute it. Of the
-    lines that no run executed, those with a reason retain it.
+    A line of an unchanged function that an earlier run executed remains executed. A line that no
+    run executed keeps its reason, if it has one.
 
     Args:
-        executed: names of lines as in lines.instrumented.
+        functions: the present functions of the product.
+        report: the report before the run.
+        executed: the names of the lines that the run executed, as in lines.instrumented.
     """
     made: Report = {}
     for file, own in functions.items():
