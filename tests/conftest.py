@@ -1,4 +1,4 @@
-"""How the tests are collected: in which order, and without Python's collector of cycles."""
+"""Orders the collected tests, and turns Python's garbage collector off while they are collected."""
 
 import gc
 
@@ -8,8 +8,8 @@ gc.disable()  # until all modules are imported; see hybridrl/core/importing.py
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start Ray come first: each takes minutes, and of two processes that take the
-    next file when one is done, one would otherwise end long before the other.
+    """Put the files that start Ray first. Each takes minutes; if one of them came last, one of the
+    two test processes would be idle while the other one still runs it.
     """
     starting = {item.path for item in items if item.get_closest_marker("graph")}
     items.sort(key=lambda item: item.path not in starting)
@@ -21,4 +21,4 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # extensions report what is left at the end
+    gc.unfreeze()  # extension modules report objects that are left at the end

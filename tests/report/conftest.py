@@ -1,4 +1,4 @@
-"""Tests of the page in a browser run where there is one, and are skipped where there is none."""
+"""Skips the tests that open the page in a browser if there is no browser on PATH."""
 
 import shutil
 
@@ -8,7 +8,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def browser() -> str | None:
-    """The path of a browser that runs without a display; None: there is none on PATH."""
+    """The path of a browser that can run without a display; None: there is none on PATH."""
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 

@@ -1,4 +1,4 @@
-"""Hand-made batches: token ids and lengths in, the values that cross processes out."""
+"""Builds small batches from token ids, and the other values of hybridrl/types.py for them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ Ids = Sequence[int]
 
 
 def make_batch(groups: Sequence[tuple[Ids, Sequence[Ids]]], logprob: float = -1.0) -> RolloutBatch:
-    """One group per (prompt ids, responses); every response token has the same sampler log-prob."""
+    """A batch with one group per (prompt ids, responses); each sampler log-prob is `logprob`."""
     prompts = [
         Prompt(uid=f"p{g}", input_ids=tuple(prompt), text="", columns={})
         for g, (prompt, _) in enumerate(groups)
@@ -47,7 +47,7 @@ def make_batch(groups: Sequence[tuple[Ids, Sequence[Ids]]], logprob: float = -1.
 def make_rewards(
     batch: RolloutBatch, values: Sequence[float], keep: Sequence[bool] | None = None
 ) -> Rewards:
-    """The rewards of one function; every sequence is kept by default."""
+    """The rewards of one function, NaN where it failed; every sequence is kept by default."""
     n = batch.num_sequences
     return Rewards(
         uids=batch.uids,
@@ -64,7 +64,12 @@ def make_rewards(
 def make_scores(
     batch: RolloutBatch, logprobs: Sequence[float], hidden: np.ndarray | None = None
 ) -> TokenScores:
-    """The scores of one teacher: log-probs of the response tokens, in the order of the batch."""
+    """The scores of one teacher.
+
+    Args:
+        logprobs: of the response tokens, in the order of the batch.
+        hidden: the rows of evidence; None: zeros of width 2.
+    """
     column = np.zeros(len(batch.input_ids), np.float32)
     column[batch.response_mask] = logprobs
     rows = np.zeros((len(logprobs), 2), np.float32) if hidden is None else hidden
@@ -77,7 +82,9 @@ def make_scores(
 
 
 def make_plan(batch: RolloutBatch, **changes) -> UpdatePlan:
-    """The plan of step 0 over this batch: one teacher of weight 1, lambda 1, one micro-batch."""
+    """The plan of step 0 for this batch with one teacher of weight 1, lambda 1 and one micro-batch,
+    except for `changes`.
+    """
     values = {
         "step": 0,
         "num_tokens": int(batch.response_mask.sum()),
@@ -100,7 +107,7 @@ def token_columns(
     sampler_logprobs: Tensor,
     old_logprobs: Tensor | None = None,
 ) -> TokenColumns:
-    """Columns [R] of a run without a value head; old_logprobs=None: the sampler's."""
+    """Columns [R] of a run without a value head; without old_logprobs, the sampler's are used."""
     return TokenColumns(
         token_ids=token_ids,
         token_weight=token_weight,
@@ -114,8 +121,8 @@ def token_columns(
 def text_batch(
     responses: Sequence[str], *, group_size: int, text: str, columns: dict[str, Any]
 ) -> RolloutBatch:
-    """Responses to prompts "p0", "p1", ... of tokens 5 and 6; a response's tokens are the code
-    points of its text and the end token 0.
+    """A batch of responses to the prompts "p0", "p1", ..., which all have the tokens 5 and 6. The
+    tokens of a response are the code points of its text and the end token 0.
     """
     prompts = [
         Prompt(uid=f"p{i}", input_ids=(5, 6), text=text, columns=columns)

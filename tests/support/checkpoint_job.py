@@ -1,9 +1,9 @@
-"""Kill saves at each of their file operations: `python checkpoint_job.py FOLDER` kills one save at
+"""Kills saves at each of their file operations: `python checkpoint_job.py FOLDER` kills one save at
 its first operation, the next one at its second, and so on.
 
-It prints, for the save of a new step and for that of a step which is already saved, the step that a
-resumed run finds after each kill. An audit hook of Python counts the operations, so operations that
-are added to the code later are counted too.
+It does this for a new step and for a step that is saved already, and prints for both the steps that
+a resumed run finds after each kill. An audit hook of Python counts the operations, so operations
+that are added to the code later are counted too.
 """
 
 import json
@@ -22,10 +22,10 @@ KILLED = 9
 
 
 def found_after_kill(run_dir: Path, steps: tuple[int, ...], last: int) -> int | None:
-    """Save `steps`, then step 2, whose save is killed at operation `last`.
+    """Save `steps`, then save step 2 and kill this save at its operation number `last`.
 
     Returns:
-        the step that a resumed run finds; None: the save ended before that operation.
+        the step that a resumed run finds; None: the save has fewer operations.
     """
     shutil.rmtree(run_dir, ignore_errors=True)
     checkpointer = save_steps(run_dir, *steps, keep=1)

@@ -1,4 +1,4 @@
-"""A context in which reading a file fails, as with a process that has too many open files."""
+"""A context in which opening a file fails, as in a process that has too many open files."""
 
 import os
 import resource
@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def no_more_files() -> Iterator[Callable[[], None]]:
-    """A context in which every open fails with EMFILE, until the function that it yields is called.
+    """Make every open fail with EMFILE, until the function that is yielded is called.
 
-    Meanwhile the process has as many files open as its limit allows.
+    Until then the process has as many open files as its limit allows.
     """
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(map(int, os.listdir("/proc/self/fd")))

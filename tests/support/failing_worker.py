@@ -1,4 +1,4 @@
-"""Workers that fail on demand, in a file without heavy imports, which their processes load."""
+"""Workers that fail on demand. This file has no heavy imports, so their processes start quickly."""
 
 import asyncio
 import os
@@ -10,7 +10,9 @@ from hybridrl.core import failpoints
 
 
 class Failing:
-    """A worker whose constructor raises a given error, and whose methods fail in several ways."""
+    """A worker whose constructor raises `error`, if given, and whose methods fail in several
+    ways.
+    """
 
     def __init__(self, error: Exception | None = None) -> None:
         if error is not None:
@@ -20,7 +22,7 @@ class Failing:
         return "here"
 
     def lose_value(self) -> None:
-        """Raise the error of a result whose node has failed."""
+        """Raise the error that Ray raises for a result on a node that has failed."""
         raise ObjectLostError("ab" * 28, None, "")
 
     def take(self, value: object) -> None: ...
@@ -29,7 +31,7 @@ class Failing:
         os._exit(7)
 
     def hang(self) -> None:
-        """Return only after a signal."""
+        """Block until the process receives a signal."""
         signal.pause()
 
 
@@ -82,7 +84,7 @@ class Patient:
 
 
 class Named(Failing):
-    """A worker that returns what it was built with."""
+    """A worker that returns the argument of its constructor."""
 
     def __init__(self, meeting: str) -> None:
         super().__init__()
@@ -93,19 +95,19 @@ class Named(Failing):
 
 
 class OnGpus(Failing):
-    """A worker that knows the GPUs of its process."""
+    """A worker that returns the GPUs of its process."""
 
     def gpus(self) -> list[str]:
         return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
 
 
 class OnDevice(OnGpus):
-    """A stand-in for a worker that is built with its device, among other things."""
+    """A stand-in for a worker whose arguments include its device."""
 
     def __init__(self, device: str, **_: object) -> None:
         super().__init__()
         self.device = device
 
     def place(self) -> tuple[str, int]:
-        """Its device, and how many GPUs its process sees."""
+        """The worker's device, and the number of GPUs that its process sees."""
         return self.device, len(self.gpus())

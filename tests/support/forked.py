@@ -1,5 +1,5 @@
-"""Ranks that are forked from a process which has imported what they need: DeepSpeed and
-transformers take several seconds of a core, once for all of them.
+"""Forks ranks from a process that has imported the libraries they need, because importing DeepSpeed
+and transformers takes several seconds of a core.
 """
 
 import os
@@ -12,14 +12,14 @@ from pathlib import Path
 
 
 def fork_ranks(world: int, run: Callable[[int], None], logs: str) -> None:
-    """Call run(rank) in a process of its own for each rank, and wait for all; when one fails, the
+    """Call run(rank) in a forked process for each rank, and wait for all. If a rank fails, the
     others are killed.
 
     Args:
-        logs: "{rank}" in it stands for the rank; what a rank prints is written there.
+        logs: the path of the file for a rank's output, in which "{rank}" stands for the rank.
 
     Raises:
-        SystemExit: a rank failed; with the end of each log.
+        SystemExit: a rank failed; the message has the end of each log.
     """
     assert threading.active_count() == 1, "a fork takes no other thread along"
     pids = [_forked(rank, run, logs.format(rank=rank)) for rank in range(world)]
@@ -41,7 +41,7 @@ def fork_ranks(world: int, run: Callable[[int], None], logs: str) -> None:
 
 
 def _forked(rank: int, run: Callable[[int], None], log: str) -> int:
-    """The id of the process of a rank."""
+    """Fork a rank; returns the id of its process."""
     sys.stdout.flush()
     sys.stderr.flush()
     if pid := os.fork():
@@ -56,8 +56,8 @@ def _forked(rank: int, run: Callable[[int], None], log: str) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        # Destructors of gloo's groups abort now and then ("terminate called without an active
-        # exception"), also after destroy_process_group; a rank that has done its work skips them.
+        # Destructors of gloo's groups sometimes abort the process ("terminate called without an
+        # active exception"), even after destroy_process_group. os._exit skips them.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

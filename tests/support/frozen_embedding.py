@@ -1,4 +1,4 @@
-"""A second class of student weights, as hybridrl/weights/README.md shows it."""
+"""A user's class of student weights, as hybridrl/weights/README.md shows it."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from hybridrl.weights.parameters import FullFineTuning
 
 
 class FrozenEmbedding(FullFineTuning):
-    """The input embedding does not train, nor an output head that is tied to it."""
+    """Trains all weights but the input embedding and an output head that is tied to it."""
 
     def trained(self) -> dict[str, nn.Parameter]:
         frozen = self.model.get_input_embeddings().weight

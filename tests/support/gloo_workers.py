@@ -1,5 +1,5 @@
-"""A learner and an engine that exchange weights by vLLM's nccl backend, with gloo in the place of
-NCCL. Their processes import this file, vLLM's own ones among them.
+"""A learner and an engine that exchange weights by vLLM's nccl backend, with gloo instead of NCCL.
+All their processes import this file, including those that vLLM starts.
 """
 
 from dataclasses import replace
@@ -14,21 +14,21 @@ install()
 
 
 class GlooLearner(Learner):
-    """A rank."""
+    """A learner rank whose weights a test can change."""
 
     def double(self) -> None:
-        """Multiply this rank's share of every weight by two; the learner has ZeRO-3."""
-        self.engine.empty_partition_cache()  # whole weights of the last pass
+        """Multiply this rank's shard of every weight by two. The learner must use ZeRO-3."""
+        self.engine.empty_partition_cache()  # drops the whole weights of the last forward pass
         for parameter in self.engine.module.parameters():
             parameter.ds_tensor.mul_(2)
 
 
 class GlooExtension(WorkerExtension):
-    """vLLM imports this file when it extends the worker of a device."""
+    """An unchanged extension in this file, so that vLLM's worker processes import this file."""
 
 
 class GlooRollout(engine.Rollout):
-    """An engine whose devices have the extension."""
+    """An engine whose vLLM workers have GlooExtension."""
 
     def __init__(self, **arguments: Any) -> None:
         of_product = engine.engine_args

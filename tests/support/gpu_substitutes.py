@@ -1,8 +1,8 @@
-"""The smallest substitutes with which vLLM's weight transfer between GPUs runs on CPUs.
+"""The smallest substitutes that let vLLM's weight transfer between GPUs run on CPUs.
 
-Each has the signature of what it stands for, which tests/weights/test_gpu_transfer.py compares with
-the installed version. All else is vLLM's own: its trainer and worker engines, their rendezvous, its
-packing, and its reload of a model.
+Each has the signature of the function that it replaces, which tests/weights/test_gpu_transfer.py
+compares with the installed version. Everything else is vLLM's own code: its trainer and worker
+engines, their rendezvous, its packing, and its reload of a model.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,11 +23,11 @@ from vllm.distributed.weight_transfer import ipc_engine, packed_tensor
 
 TIMEOUT = timedelta(seconds=120)
 GPU = "GPU-0"
-"""The UUID of the one GPU."""
+"""The UUID of the only GPU."""
 
 
 class GlooCommunicator:
-    """PyNcclCommunicator over gloo."""
+    """Replaces vLLM's PyNcclCommunicator, and communicates by gloo."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class GlooCommunicator:
 
 
 class Stream:
-    """A stream of a GPU, on which nothing is ever pending."""
+    """Replaces a CUDA stream; nothing is ever pending on it."""
 
     def synchronize(self) -> None: ...
 
@@ -81,11 +81,13 @@ def get_device_properties(device: Any = None) -> SimpleNamespace:
 
 
 EXPORTED: dict[bytes, Tensor] = {}
-"""By its handle, the memory that the receiver may open."""
+"""The tensors whose memory a receiver may open, by handle."""
 
 
 def reduce_tensor(tensor: Tensor) -> tuple[Callable, tuple]:
-    """The handle of a tensor's memory, in the arguments that rebuild it."""
+    """The function that rebuilds a tensor, and its arguments, which contain a handle of its
+    memory.
+    """
     handle = b"handle %d" % len(EXPORTED)
     EXPORTED[handle] = tensor
     return rebuild_cuda_tensor, (
@@ -95,7 +97,7 @@ def reduce_tensor(tensor: Tensor) -> tuple[Callable, tuple]:
         tensor.storage_offset(),
         torch.UntypedStorage,
         tensor.dtype,
-        1,  # the sender's number of the GPU, which the receiver replaces by its own
+        1,  # the sender's index of the GPU, which the receiver replaces by its own
         handle,
         tensor.untyped_storage().nbytes(),
         0,
@@ -131,7 +133,7 @@ def rebuild_cuda_tensor(
 
 
 class CudaAsCpu(TorchFunctionMode):
-    """Tensors that are made on `cuda` are made on the CPU."""
+    """Creates tensors on the CPU that should be created on `cuda`."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -157,18 +159,18 @@ SUBSTITUTES: tuple[tuple[Any, str, Any], ...] = (
     (torch.accelerator, "current_device_index", current_device_index),
     (torch.accelerator, "synchronize", synchronize),
 )
-"""The module, the name in it, and what stands there."""
+"""(module, name in it, substitute)"""
 
 
 def install() -> None:
-    """For the rest of this process."""
+    """Install the substitutes for the rest of this process."""
     for module, name, substitute in SUBSTITUTES:
         setattr(module, name, substitute)
 
 
 @contextmanager
 def substituted() -> Iterator[None]:
-    """Within a test."""
+    """Install the substitutes, and CudaAsCpu, until the end of the `with` block."""
     EXPORTED.clear()
     with CudaAsCpu():
         patches = [mock.patch.object(*substitute) for substitute in SUBSTITUTES]

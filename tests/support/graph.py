@@ -1,4 +1,4 @@
-"""Settings of a run that is small enough for tests, with random tiny models and every worker."""
+"""Settings of a run with all kinds of workers that is small enough for tests."""
 
 from pathlib import Path
 
@@ -11,7 +11,11 @@ from tests.support import first_character
 
 
 def save_tiny(folder: Path, seed: int, *, tied: bool = True) -> Path:
-    """A tiny Llama with random weights as a Hugging Face folder."""
+    """Save a tiny Llama with random weights as a Hugging Face folder; returns the folder.
+
+    Args:
+        tied: whether the output head is the input embedding.
+    """
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
     model = tiny_model(tokenizer)
@@ -25,8 +29,10 @@ def save_tiny(folder: Path, seed: int, *, tied: bool = True) -> Path:
 
 
 def tiny_overrides(folder: Path) -> list[str]:
-    """Overrides for a hybrid run with a random student and teacher. Of the rewards about a quarter
-    are 1 and the others 0, so that groups of both kinds occur.
+    """Save a random student and a random teacher; returns the overrides of a hybrid run with them.
+
+    About a quarter of the rewards are 1 and the others 0, so that groups with equal and with
+    different rewards occur.
     """
     student = save_tiny(folder / "student", 0)
     teacher = save_tiny(folder / "teacher", 1)

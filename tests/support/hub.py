@@ -1,9 +1,9 @@
-"""A local stand-in of the Hugging Face hub, with the requests that huggingface_hub makes to upload
-a folder.
+"""A local stand-in for the Hugging Face hub, for the requests with which huggingface_hub uploads a
+folder.
 
 It implements whoami, the information about a repository, its creation and its list of files, the
 check of a card's front matter, preupload, the LFS batch, uploads, and the commit. It stores blobs
-by their sha256 and each commit as it arrived.
+by their sha256, and the files after each commit.
 """
 
 import base64
@@ -20,21 +20,21 @@ from typing import Any
 
 @dataclass
 class LocalHub:
-    """What the hub knows, and what it was sent."""
+    """The state of the hub, and the requests that it received."""
 
-    role: str = "write"  # of the token
-    owners: tuple[str, ...] = ("me",)  # who may be written as
-    private: dict[str, bool] = field(default_factory=dict)  # repositories
-    licences: dict[str, str] = field(default_factory=dict)  # of base models
+    role: str = "write"  # the role of the token
+    owners: tuple[str, ...] = ("me",)  # namespaces in which the token may create repositories
+    private: dict[str, bool] = field(default_factory=dict)  # visibility of repositories by name
+    licences: dict[str, str] = field(default_factory=dict)  # licences of base models by name
     requests: list[str] = field(default_factory=list)
-    blobs: dict[str, bytes] = field(default_factory=dict)  # by sha256
+    blobs: dict[str, bytes] = field(default_factory=dict)  # uploaded blobs by sha256
     files: dict[str, bytes] = field(default_factory=dict)  # of the only repository, by path
-    messages: list[str] = field(default_factory=list)  # of commits
-    removed: list[str] = field(default_factory=list)  # paths
+    messages: list[str] = field(default_factory=list)  # the messages of commits
+    removed: list[str] = field(default_factory=list)  # the paths of deleted files
     endpoint: str = ""
 
     def answer(self, method: str, path: str, body: bytes, token: str) -> tuple[int, Any]:
-        """The status and the JSON of an answer."""
+        """The status and the JSON body of the answer to a request."""
         if path.startswith("/blob/"):
             self.blobs[path.removeprefix("/blob/")] = body
             return 200, {}
@@ -100,14 +100,14 @@ class LocalHub:
 
 
 def upload_mode(path: str) -> dict[str, Any]:
-    """How the hub would store a file."""
+    """The preupload answer for a file: stored as LFS, or inside the commit."""
     large = path.endswith((".safetensors", ".png"))
     return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
 
 
 @contextmanager
 def running(hub: LocalHub) -> Iterator[LocalHub]:
-    """The hub behind HTTP at hub.endpoint until the end of the block."""
+    """Serve the hub by HTTP at hub.endpoint until the end of the `with` block."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

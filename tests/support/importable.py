@@ -1,4 +1,4 @@
-"""Modules of tools/ in the workers of a Ray that a test starts itself."""
+"""Makes modules of tools/ importable in the workers of a Ray that a test starts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 @contextmanager
 def importable_benchmarks() -> Iterator[None]:
-    """A Ray that starts meanwhile has workers that can import `benchmarks`.
+    """Let the workers of a Ray that is started in the `with` block import `benchmarks`.
 
-    pytest adds tools/ to the import path of its own process only.
+    pytest adds tools/ only to the import path of its own process.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT / 'tools'}:{ROOT}")

@@ -1,8 +1,8 @@
-"""The real Learner outside pytest: `python learner_job.py FOLDER WORLD:CASES ...` runs functions of
-this file, one after the other, each on new ranks.
+"""Runs the real Learner outside of pytest: `python learner_job.py FOLDER WORLD:FUNCTION ...` runs
+the named functions of CASES one after the other, each on WORLD new ranks.
 
-FOLDER holds the models `student` and `teacher`; rank 0 writes CASE.json and CASE.safetensors (the
-weights) there.
+FOLDER holds the models `student` and `teacher`. For each case of a function, rank 0 writes
+CASE.json and CASE.safetensors (the weights) there.
 """
 
 import json
@@ -43,7 +43,7 @@ from tests.support.batches import make_batch, make_plan, make_rewards, make_scor
 from tests.support.forked import fork_ranks
 from tests.support.frozen_embedding import FrozenEmbedding
 
-WIDTH = 128  # of the tiny model
+WIDTH = 128  # the hidden size of the tiny model
 LR = 5e-4
 GROUPS = [
     ((1, 5, 6), [(7, 8, 2), (9, 2)]),
@@ -58,8 +58,8 @@ Chunk = tuple[RolloutBatch, Rewards, TokenScores]
 def chunk_of(
     first: int, last: int, *, keep: list[bool] | None = None, values: list[float] = VALUES
 ) -> Chunk:
-    """Groups `first` to `last - 1` of GROUPS with their rewards and scores. The scores of a group
-    are the same in every chunk.
+    """The groups `first` to `last - 1` of GROUPS with their rewards and scores. The scores of a
+    group are the same in every chunk.
     """
     all_groups = make_batch(GROUPS)
     rng = np.random.default_rng(0)
@@ -99,14 +99,15 @@ TURNS: list[tuple[Tokens, Tokens, Tokens, Tokens]] = [
     ((1, 5, 6), (7, 8, 2), (19, 4), (9, 2)),
     ((1, 10), (14, 2), (19,), (15, 16, 2)),
 ]
-"""Prompt, first turn, observation, second turn."""
+"""(prompt, first turn, observation, second turn)"""
 
 
 def turns_chunk(*, apart: bool) -> Chunk:
-    """TURNS with their scores, one response a prompt.
+    """TURNS with their rewards and scores, and one response per prompt.
 
     Args:
-        apart: every turn is the response to all that came before it; else a response has two turns.
+        apart: make each turn a response of its own, whose prompt is everything before the turn;
+            False: a response has two turns.
     """
     prompts = []
     trajectories = []
@@ -128,7 +129,7 @@ def turns_chunk(*, apart: bool) -> Chunk:
 
 
 def written(ids: Tokens) -> Completion:
-    """A turn of the model; every token has the sampler log-prob -1."""
+    """A turn of the model, whose tokens have the sampler log-prob -1."""
     return Completion(
         token_ids=ids,
         logprobs=np.full(len(ids), -1, np.float32),
@@ -156,7 +157,7 @@ def settings_for(folder: Path, ranks: int, *overrides: str) -> RunSettings:
 
 
 MINI_BATCHES = ((0, 2), (1, 3))
-"""Groups of GROUPS."""
+"""The groups of each mini-batch, as indices into GROUPS."""
 ORDER = (0, 1, 1, 0)
 UPDATES_LR = 5e-3
 SEVERAL = (
@@ -170,8 +171,8 @@ CLIP = ("algorithm.ratio.kind=clip", "algorithm.ratio.low=0.1", "algorithm.ratio
 
 
 def chunk_of_other_sampler(*, values: list[float] = VALUES) -> Chunk:
-    """GROUPS, sampled by a policy 0.7 N(0, 1) nats from a uniform one over the tiny model's 23
-    tokens.
+    """GROUPS with the log-probs of another sampler: a uniform distribution over the tiny model's 23
+    tokens, plus noise of 0.7 N(0, 1) nats.
     """
     batch, rewards, scores = chunk_of(0, 4, values=values)
     drift = 0.7 * np.random.default_rng(2).standard_normal(len(batch.input_ids))
@@ -180,7 +181,7 @@ def chunk_of_other_sampler(*, values: list[float] = VALUES) -> Chunk:
 
 
 def batch_plan(order: tuple[int, ...], num_micro_batches: int, step: int = 0) -> BatchPlan:
-    """Updates on MINI_BATCHES in this order."""
+    """The plan of a batch with updates on MINI_BATCHES in this order."""
     return BatchPlan(
         mini_batches=tuple(
             make_plan(
@@ -209,7 +210,9 @@ OTHER_ADAM = ("train.betas=[0.5,0.6]", "train.weight_decay=0.5", "train.grad_cli
 
 
 def held_bytes(learner) -> int:
-    """Bytes of this rank's weights, master weights and moments of Adam, each memory once."""
+    """The bytes of this rank's weights, master weights and Adam moments; shared memory counts
+    once.
+    """
     from hybridrl.weights.library_internals import update_memory
 
     state, _ = update_memory(learner.engine.optimizer)
@@ -219,7 +222,7 @@ def held_bytes(learner) -> int:
 
 
 class Job:
-    """One rank; `run` builds a fresh Learner on the same process group."""
+    """One rank; every method that runs a case builds a new Learner on the same process group."""
 
     def __init__(self, rank: int, world: int, port: int, folder: Path) -> None:
         self.rank = rank
@@ -239,7 +242,7 @@ class Job:
         )
 
     def refused(self, case: str, model: str, *overrides: str) -> None:
-        """Write the error of a learner of another model, or "no error"."""
+        """Write the error that a learner raises for another model, or "no error"."""
         try:
             self.learner(f"model.path={self.folder}/{model}", *overrides)
             message = "no error"
@@ -248,7 +251,9 @@ class Job:
         (self.folder / f"{case}.json").write_text(json.dumps(message))
 
     def report(self, case: str, learner, stats: list, **more) -> None:
-        """Write what the tests read. Every rank takes part in gathering the weights."""
+        """Write the results of a case for the tests. All ranks must call it, to gather the
+        weights.
+        """
         weights = {name: weight.float().clone() for name, weight in learner.publisher.stream}
         manifest, _ = learner.pack_weights(0)
         if self.rank == 0:
@@ -284,7 +289,7 @@ class Job:
         return learner, groups, values
 
     def turns(self, case: str, *, apart: bool) -> None:
-        """Two steps on TURNS, with gamma 0, so that no cost of a turn is credited to another."""
+        """Take two steps on TURNS with gamma 0, so that no cost is credited to an earlier turn."""
         learner = self.learner("algorithm.gamma=0", "algorithm.baseline=none")
         chunk = turns_chunk(apart=apart)
         groups = (tuple(range(len(chunk[0].uids))),)
@@ -292,7 +297,9 @@ class Job:
         self.report(case, learner, [learner.update(plan, groups, *chunk) for plan in plans])
 
     def diagnosed(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
-        """A step with another optimizer and the probe; then `two_steps`, as another job."""
+        """Take a step with other optimizer settings and with diagnostics; then begin another job
+        with the same learner and take its first two steps.
+        """
         learner = self.learner(*overrides, *OTHER_ADAM)
         learner.keep_start()
         plan = plan_for(0, num_micro_batches, diagnose=True)
@@ -309,7 +316,9 @@ class Job:
         num_micro_batches: int,
         *overrides: str,
     ) -> None:
-        """The first two steps of another job, by a learner that has trained."""
+        """Begin another job with a learner that has already trained, and take its first two
+        steps.
+        """
         learner.begin_job(settings_for(self.folder, self.world, *overrides))
         begun = learner.ping()
         stats = [
@@ -326,8 +335,8 @@ class Job:
         num_micro_batches: int,
         *overrides: str,
     ) -> None:
-        """Begin to save, release the optimizer and acquire it, and take a step before anything is
-        written; then load into a new learner, and take the same step.
+        """Begin to save, release the optimizer and acquire it again, and take a step before
+        anything is written. Then load the saved state into a new learner, and take the same step.
         """
         state = self.folder / f"{case}-state"
         state.mkdir(exist_ok=True)
@@ -344,7 +353,7 @@ class Job:
         again = self.learner(*overrides)
         again.keep_start()
         again.load_state(str(state), 2)
-        # With two ranks, one of them has two batches and the other has one, or one and none.
+        # With two ranks, the first call has a batch for one rank only, the second call two and one.
         batches = [chunk_of(i, i + 1)[0] for i in range(3)]
         again.logprob_gaps(*batches[:1][self.rank :: self.world])
         gaps = again.logprob_gaps(*batches[self.rank :: self.world])
@@ -355,8 +364,8 @@ class Job:
         self.begun(case, again, groups, values, num_micro_batches, *overrides)
 
     def turn(self, case: str, learner, groups: tuple, values: list, plan: UpdatePlan) -> None:
-        """Release the optimizer, acquire it again, and write what the learner could do without
-        it.
+        """Release the optimizer and acquire it again; write what the learner did without it, and
+        the memory of the optimizer before, meanwhile and afterwards.
         """
         batches = [chunk_of(i, i + 1)[0] for i in range(3)][self.rank :: self.world]
         manifest, _ = learner.pack_weights(0)
@@ -383,8 +392,8 @@ class Job:
     def left_out(
         self, case: str, learner, groups: tuple, num_micro_batches: int, chunk: Chunk
     ) -> None:
-        """Write the error of this rank on a batch that cannot be learned from, and the digests of
-        the weights before and after.
+        """Update on a batch that must be left out; write the error, and the digests of the weights
+        before and after it.
         """
         before, _ = learner.pack_weights(0)
         try:
@@ -395,7 +404,7 @@ class Job:
         self.report(case, learner, [], error=message, before=before.digest if before else None)
 
     def valued(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
-        """Two steps with a value head, its export, and a third step, with and without loading."""
+        """Take two steps with a value head, export, and take a third step, also after loading."""
         overrides = ("algorithm=ppo", *overrides)
         learner, groups, values = self.two_steps(
             case, [chunk_of(0, 4)], groups, num_micro_batches, *overrides
@@ -404,8 +413,8 @@ class Job:
         self.resume(case, learner, groups, values, num_micro_batches, *overrides)
 
     def frozen(self, case: str, groups: tuple, num_micro_batches: int, *overrides: str) -> None:
-        """Two steps of a student whose embedding does not train, what is published, exported and
-        saved of it, and a third step, with and without loading.
+        """Take two steps of a student whose embedding does not train; publish, export and save it;
+        and take a third step, also after loading.
         """
         learner = self.learner(*overrides, weights=FrozenEmbedding)
         values = chunk_of(0, 4)
@@ -428,7 +437,7 @@ class Job:
         self.report(f"{case}-resumed", again, [again.update(plans[2], groups, *values)])
 
     def several(self, case: str, num_micro_batches: int, *overrides: str) -> None:
-        """Two batches of four updates; the second one also after loading."""
+        """Learn from two batches of four updates each, from the second one also after loading."""
         overrides = (*SEVERAL, *CLIP, *overrides)
         learner = self.learner(*overrides)
         values = chunk_of_other_sampler()
@@ -445,7 +454,9 @@ class Job:
         self.report(f"{case}-resumed", again, [again.learn(plans[1], groups, *values)])
 
     def several_by_hand(self) -> None:
-        """Two updates in one call and in two; and four of which two cannot be made."""
+        """Make two updates in one call and in two calls, and a batch of four updates of which two
+        must be left out.
+        """
         groups = tuple((own,) for own in MINI_BATCHES)
         values = chunk_of_other_sampler()
         plan = batch_plan((0, 1), 1)
@@ -474,7 +485,7 @@ class Job:
         self.report("too-many-left-out", strict, [], errors=errors)
 
     def gathered(self, case: str, learner) -> None:
-        """Write the state as DeepSpeed itself gathers it, which does not use our offsets."""
+        """Write the state as gathered by DeepSpeed itself, which does not depend on our offsets."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         tensors = {}
@@ -496,7 +507,9 @@ class Job:
         num_micro_batches: int,
         *overrides: str,
     ) -> None:
-        """Load what another number of ranks saved, save it again, and take the next step."""
+        """Load the state that another number of ranks saved, save it again, and take the next
+        step.
+        """
         learner, again = self.learner(*overrides), self.folder / f"{case}-state"
         learner.load_state(str(self.folder / f"{saved}-state"), 2)
         again.mkdir(exist_ok=True)
@@ -509,7 +522,7 @@ class Job:
 
 NAN_REWARD = chunk_of(
     0, 4, values=[*VALUES[:4], float("nan"), *VALUES[5:]]
-)  # of the group that rank 1 has
+)  # the NaN is in the group of rank 1
 INF_REWARD = chunk_of(0, 4, values=[*VALUES[:4], float("inf"), *VALUES[5:]])
 BROKEN = dict(zip((1, 2, 3), (NAN_REWARD, INF_REWARD, inf_teacher()), strict=True))  # by ZeRO stage
 ONE_EACH = "train.max_tokens_per_micro_batch=1"
@@ -520,7 +533,9 @@ def uneven(job: Job) -> tuple:
 
 
 def two_ranks(job: Job) -> None:
-    """Shards of 6 and 2 sequences, one a micro-batch: rank 1 has no data in four of six."""
+    """Run all cases with shards of 6 and 2 sequences and micro-batches of one sequence, so that
+    rank 1 has no data in four of the six micro-batches.
+    """
     groups = uneven(job)
     for stage in (1, 2, 3):
         overrides = (f"learner.zero_stage={stage}", ONE_EACH)
@@ -547,16 +562,16 @@ OFFLOADED = (
     (3, "optimizer", "float32"),
     (3, "parameters", "bfloat16"),
 )
-"""ZeRO stages, what they offload, and the model's dtype."""
+"""(ZeRO stage, offloaded part, dtype of the model)"""
 UNCLIPPED = "train.grad_clip=0"
-"""DeepSpeed adds up the norm of an offloaded gradient in another order, and clipping would bring
-its last bit into the weights.
+"""No clipping, because DeepSpeed computes the norm of an offloaded gradient in another order, and
+clipping would carry the difference in its last bit into the weights.
 """
 
 
 def two_ranks_offloaded(job: Job) -> None:
-    """As two_ranks, with what is held on the device held in host memory; and stages 2 and 3 with
-    communication beside computation, as on GPUs.
+    """Run the steps of two_ranks with and without offloading, and in ZeRO 2 and 3 with
+    communication that overlaps computation, as on GPUs.
     """
     groups = uneven(job)
     for stage, offload, dtype in OFFLOADED:
@@ -578,7 +593,7 @@ def two_ranks_offloaded(job: Job) -> None:
 
 @contextmanager
 def overlapping() -> Iterator[None]:
-    """Learners are set up with the communication of GPUs."""
+    """Set up learners in the `with` block with the communication settings of GPUs."""
     from hybridrl.policy import learner, training_setup
 
     called = []
@@ -598,7 +613,7 @@ def overlapping() -> Iterator[None]:
 
 
 def two_ranks_again(job: Job) -> None:
-    """From one rank of ZeRO 1 to two of any stage."""
+    """Load the state of one rank with ZeRO 1 on two ranks with each stage."""
     groups, values = uneven(job), list(chunk_of(0, 4))
     for stage in (1, 2, 3):
         job.resharded(
@@ -622,7 +637,7 @@ def thirds(job: Job) -> tuple:
 
 
 def three_ranks(job: Job) -> None:
-    """From two ranks of ZeRO 3 to three."""
+    """Load the state of two ranks with ZeRO 3 on three ranks."""
     zero = "learner.zero_stage=3"
     values = list(chunk_of(0, 4))
     job.resharded("zero3-to-three", "zero3", thirds(job), values, 4, zero, ONE_EACH)
@@ -699,26 +714,26 @@ def one_rank(job: Job) -> None:
 
 
 SHARED = ("lora.rank=4", "teachers.main.path=null", "+teachers.main.share_base=true")
-"""Of a learner that scores for its teacher, the student before training."""
+"""Settings of a learner that computes the scores of its teacher, the student before training."""
 KINDS = {
     "hidden": (),
     "vocabulary": (),
     "support": ("algorithm.topk.source=teacher", "algorithm.topk.k=3"),
     "drawn": (),
 }
-"""Every kind of evidence, and the further settings that it needs."""
+"""The further settings that each kind of evidence needs."""
 
 
 def scorer_of(learner) -> Scorer:
-    """A scorer with a copy of the teacher's weights."""
+    """A scorer with the learner's settings and its own copy of the teacher's weights."""
     settings = learner.settings
     evidence, rule = scoring(settings, "main")
     return Scorer(settings, teacher="main", device="cpu", evidence=evidence, rule=rule)
 
 
 def two_ranks_sharing(job: Job) -> None:
-    """Two steps in ZeRO 2 and 3, and a third one, with and without loading. Rank 0 scores three
-    groups in six passes, and rank 1 one group in two.
+    """Take two steps with ZeRO 2 and with ZeRO 3, where a third step is taken with and without
+    loading. Rank 0 scores three groups in six passes, and rank 1 one group in two.
     """
     values = chunk_of(0, 4)[:2]
     one_pass_each = "scorer.max_tokens_per_micro_batch=1"
@@ -731,8 +746,9 @@ def two_ranks_sharing(job: Job) -> None:
 
 
 def one_rank_sharing(job: Job) -> None:
-    """The same two steps with the learner's scores and with those of a scorer; held-out data; what
-    the learner scores then, in each kind of evidence; and two batches of several updates.
+    """Take the same two steps with the learner's own scores and with those of a scorer. For both,
+    evaluate held-out data, compare the scores of each kind of evidence, and learn from two batches
+    of several updates.
     """
     everything = ((0, 1, 2, 3),)
     batch, rewards, _ = chunk_of(0, 4)
@@ -774,12 +790,12 @@ ADAPTED = {
     "lora-zero3": ("learner.zero_stage=3", "learner.gradient_checkpointing=true"),
     "lora-zero3-bf16": ("learner.zero_stage=3", "model.dtype=bfloat16"),
 }
-"""Learners of two ranks with adapters, and their further settings."""
+"""The further settings of each case of two ranks with adapters."""
 RANK = "lora.rank=4"
 
 
 def two_ranks_adapted(job: Job) -> None:
-    """Two steps with adapters, the export, and a third step, with and without loading."""
+    """Take two steps with adapters, export, and take a third step with and without loading."""
     groups = uneven(job)
     for case, further in ADAPTED.items():
         overrides = (*further, RANK, ONE_EACH)
@@ -789,7 +805,9 @@ def two_ranks_adapted(job: Job) -> None:
 
 
 def one_rank_adapted(job: Job) -> None:
-    """The same two steps on one rank, and the third one from what two ranks saved."""
+    """Take the same two steps on one rank, and the third one from the state that two ranks
+    saved.
+    """
     everything = ((0, 1, 2, 3),)
     job.report("lora-untouched", job.learner(RANK), [])
     learner, groups, values = job.two_steps("lora-one", [chunk_of(0, 4)], everything, 1, RANK)
@@ -802,7 +820,7 @@ def one_rank_adapted(job: Job) -> None:
 
 
 def three_ranks_adapted(job: Job) -> None:
-    """The third step on three ranks, from what two ranks saved."""
+    """Take the third step on three ranks, from the state that two ranks saved."""
     for stage in (1, 3):
         case = f"lora-zero{stage}"
         overrides = (f"learner.zero_stage={stage}", RANK, ONE_EACH)

@@ -1,4 +1,4 @@
-"""Workers that write secrets into their logs, in a file that a process imports quickly."""
+"""Workers that write secrets into their logs. This file has no heavy imports."""
 
 import logging
 import os
@@ -7,11 +7,11 @@ from hybridrl.runtime.host import build, log_of
 from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
 
 CANARY = "canary-0123456789"
-"""In every secret of a test."""
+"""The text that every secret of a test contains."""
 
 
 class Failing:
-    """Its error has the secrets of the environment."""
+    """A worker whose constructor raises an error with a secret of the environment."""
 
     def __init__(self) -> None:
         raise RuntimeError(
@@ -21,7 +21,7 @@ class Failing:
 
 
 class Judge:
-    """Logs secrets, as the reward worker may when it logs a failed function's message."""
+    """A worker that logs secrets, as a reward worker may when it logs the message of a failure."""
 
     def __init__(self, config: RewardConfig, seen: str) -> None:
         options = config.functions["judge"].options
@@ -34,7 +34,7 @@ class Judge:
 
 
 def build_judge(log: str) -> None:
-    """Build a Judge with a key that no environment has; runs in a process of its own."""
+    """Build a Judge with a key that no environment variable has; to be called in a new process."""
     options = {"headers": {"auth_token": f"Bearer {CANARY}-judge"}, "url": "https://judge:8000"}
     config = RewardConfig(
         functions={"judge": RewardFunctionConfig(function="f.py:f", options=options)}

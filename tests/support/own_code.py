@@ -1,4 +1,4 @@
-"""Files of a user, with an advantage estimator, a token weight and a pair loss."""
+"""Writes files like those of a user, with an advantage estimator, a token weight or a pair loss."""
 
 import re
 import zlib
@@ -10,22 +10,24 @@ README = Path(hybridrl.objectives.__file__).parent / "README.md"
 
 
 def write_examples(folder: Path) -> Path:
-    """The worked examples of hybridrl/objectives/README.md, as one file."""
+    """Write the worked examples of hybridrl/objectives/README.md into one file; returns its
+    path.
+    """
     file = folder / f"examples_{mark(folder)}.py"
     file.write_text("\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)))
     return file
 
 
 def write_file(folder: Path, text: str) -> Path:
-    """A file of the text, after the imports of the examples."""
+    """Write the imports of the examples and the text into a file; returns its path."""
     file = folder / f"own_{mark(folder)}.py"
     file.write_text(f"{IMPORTS}\n\n{text}")
     return file
 
 
 def mark(folder: Path) -> int:
-    """A number for the names of a test's files: one process cannot import two files of one name
-    from different folders.
+    """A number that makes the names of a folder's files unique, because one process cannot import
+    two files of the same name from different folders.
     """
     return zlib.crc32(str(folder).encode())
 

@@ -8,11 +8,11 @@ from transformers import PreTrainedTokenizerFast
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 
 EOS = 2
-"""<eos>, with which the base model ends a text."""
+"""The token <eos>, with which the base model ends a text."""
 END = 23
-"""<end>, with which the instruct model ends a turn."""
+"""The token <end>, with which the instruct model ends a turn."""
 TURN = 24
-"""<turn>, with which its chat template begins one."""
+"""The token <turn>, with which the instruct model's chat template begins a turn."""
 
 TEMPLATE = (
     "{% for m in messages %}<turn>{{ m.content }}<end>{% endfor %}"
@@ -23,8 +23,8 @@ TEMPLATE = (
 def instruct_tokenizer(
     eos: str = "<end>", template: str | None = TEMPLATE
 ) -> PreTrainedTokenizerFast:
-    """The tiny tokenizer with two more special tokens; the base model's has eos="<eos>" and no
-    template.
+    """The tiny tokenizer with two more special tokens, by default that of the instruct model. The
+    base model's has eos="<eos>" and template=None.
     """
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>", "<turn>"]})
@@ -34,7 +34,7 @@ def instruct_tokenizer(
 
 
 def save_pair(folder: Path) -> tuple[Path, Path]:
-    """The folders of the base model and of the instruct model."""
+    """Save both models with random weights; returns the folders of the base and instruct model."""
     tokenizers = {
         "student": instruct_tokenizer("<eos>", None),
         "teacher": instruct_tokenizer(),
@@ -47,7 +47,10 @@ def save_pair(folder: Path) -> tuple[Path, Path]:
 
 
 def pair_overrides(folder: Path) -> list[str]:
-    """Settings of a run with the pair; the folders need not exist yet."""
+    """The settings of a run with the base model as student and the instruct model as teacher.
+
+    Their folders need not exist yet.
+    """
     return [
         f"run.dir={folder / 'run'}",
         "experiment=quickstart",

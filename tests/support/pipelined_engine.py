@@ -1,6 +1,8 @@
-"""vLLM's own engine core with asynchronous scheduling, around a slow executor. A forward pass reads
-the weights from its launch until its tokens are collected, and each token is the version of the
-weights that the pass read.
+"""vLLM's own engine core with asynchronous scheduling and a simulated executor, to test updates of
+weights while forward passes are pending.
+
+A forward pass reads the weights from its launch until its tokens are collected, and each token is
+the version of the weights that the pass has read.
 """
 
 from collections import deque
@@ -20,11 +22,11 @@ from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.executor.abstract import Executor
 
 MIXED = 99
-"""The token of a forward pass under which the weights have changed."""
+"""The token of a forward pass during which the weights have changed."""
 
 
 class Forward(Future):
-    """A forward pass, which ends when its result is read."""
+    """A forward pass, which is pending until its result is read."""
 
     def __init__(self, executor: "SlowExecutor") -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class SlowExecutor:
 
 
 class Scheduler:
-    """Of one request."""
+    """A scheduler for one request at a time."""
 
     def __init__(self, events: list[str]) -> None:
         self.events = events
@@ -93,7 +95,7 @@ class Scheduler:
 
 
 class PipelinedEngine(LLMEngine):
-    """In its events are those of the executor and of the scheduler, and "version V"."""
+    """The engine. `events` lists the calls of the executor and the scheduler, and "version V"."""
 
     def __init__(self) -> None:
         self.events: list[str] = []

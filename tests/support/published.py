@@ -1,9 +1,9 @@
-"""The published losses, written out one response at a time for torch's autograd. No code of the
-package is used.
+"""The losses as their papers define them, written out one response at a time for torch's autograd,
+without any code of the package.
 
 p is the student, q the teacher or reference, mu the sampler, and y a drawn token. Rewards and
-advantages have the sign of the papers: larger is better. A loss is what its paper minimises;
-`.detach()` stands where a paper takes no gradient.
+advantages have the sign of the papers: larger is better. Losses are minimised. `.detach()` marks
+terms through which a paper takes no gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One response of T tokens, and the outputs of the models on it, of vocabulary V. Only logits
-    and values carry a gradient.
+    """One response of T tokens, and the outputs of the models for it, with a vocabulary of V
+    tokens. Only `logits` and `values` require gradients.
     """
 
     group: int
@@ -25,10 +25,10 @@ class Answer:
     reward: float
     domain: str
     ids: Tensor  # [T] int64
-    logits: Tensor  # [T, V] of the student before each token
-    values: Tensor  # [T] of the student's value head
+    logits: Tensor  # [T, V] logits of the student before each token
+    values: Tensor  # [T] outputs of the student's value head
     mu: Tensor  # [T] log mu(y)
-    teachers: dict[str, Tensor]  # [T, V] logits of each
+    teachers: dict[str, Tensor]  # [T, V] logits of each teacher by name
 
     @property
     def logp(self) -> Tensor:  # [T, V]
@@ -56,12 +56,12 @@ Loss = Callable[[Answers], Tensor]
 
 
 def token_mean(answers: Answers, loss: Callable[[Answer], Tensor]) -> Tensor:
-    """Over all tokens of the batch."""
+    """The mean of a loss [T] over all tokens of the batch."""
     return sum(loss(a).sum() for a in answers) / sum(len(a.ids) for a in answers)
 
 
 def sequence_mean(answers: Answers, loss: Callable[[Answer], Tensor]) -> Tensor:
-    """1/N sum_i 1/|y_i| sum_t"""
+    """The mean over responses of the mean over tokens: 1/N sum_i 1/|y_i| sum_t."""
     return sum(loss(a).mean() for a in answers) / len(answers)
 
 
@@ -87,7 +87,7 @@ def jsd(a: Answer, beta: float) -> Tensor:
 
 
 def likelihood(answers: Answers) -> Tensor:
-    """SFT; SeqKD (1606.07947) where the answers are the teacher's."""
+    """SFT; with answers of the teacher SeqKD (1606.07947)."""
     return token_mean(answers, lambda a: -a.lp)
 
 
@@ -97,8 +97,8 @@ def forward_kl(answers: Answers) -> Tensor:
 
 
 def gkd(answers: Answers) -> Tensor:
-    """(1 - l) E_data[D] + l E_student[D], D a mean over the response, l = beta = 0.5
-    (2306.13649).
+    """(1 - l) E_data[D] + l E_student[D], where D is the mean JSD over the response and l = beta =
+    0.5 (2306.13649).
     """
     of_student = [a for a in answers if a.by_student]
     of_data = [a for a in answers if not a.by_student]
@@ -111,8 +111,8 @@ def minillm(answers: Answers) -> Tensor:
     """The single-step term grad KL_t, and the long term -w_t R^norm_{t+1} grad log p(y_t), which
     has PPO's clip (2306.08543).
 
-    R^norm_{t+1} = 1/(T-t-1) sum_{k>t} log q/p, t from 0; w_t = p/mu. The single-step term has no
-    w_t: given the prefix, it does not depend on the drawn token, whose ratio w_t is.
+    R^norm_{t+1} = 1/(T-t-1) sum_{k>t} log q/p with t from 0, and w_t = p/mu of the drawn token. The
+    single-step term has no w_t, because given the prefix it does not depend on the drawn token.
     """
 
     def loss(a: Answer) -> Tensor:
@@ -127,8 +127,8 @@ def minillm(answers: Answers) -> Tensor:
 
 
 def opd(answers: Answers) -> Tensor:
-    """-rho Adv, Adv = -(log mu - log q) of the drawn token, rho = p/mu without a bound (Thinking
-    Machines).
+    """-rho Adv with Adv = -(log mu - log q) of the drawn token and an unbounded rho = p/mu
+    (Thinking Machines).
     """
     return token_mean(answers, lambda a: (a.lp - a.mu).exp() * (a.mu - a.lq()))
 
@@ -139,10 +139,10 @@ def opd_full(answers: Answers) -> Tensor:
 
 
 def mopd(answers: Answers) -> Tensor:
-    """-1/|y| sum_t w_t A_t log p(y_t), A_t = log q_domain/p + A_ORM, w_t = p/mu inside [0.5, 2],
-    else 0 (2601.02780).
+    """-1/|y| sum_t w_t A_t log p(y_t) with A_t = log q_domain/p + A_ORM, and w_t = p/mu inside
+    [0.5, 2], else 0 (2601.02780).
 
-    The log p of A_t is the sampler's.
+    The p in A_t is the sampler's.
     """
     teacher_of = {"a": "main", "b": "second"}
 
@@ -155,8 +155,8 @@ def mopd(answers: Answers) -> Tensor:
 
 
 def g_opd(answers: Answers) -> Tensor:
-    """Cost (log p - log q) + (l - 1)(log p_ref - log q) times log p(y), l = 1.25, p_ref the initial
-    student (2602.12125).
+    """The cost (log p - log q) + (l - 1)(log p_ref - log q) times log p(y), with l = 1.25 and the
+    initial student as p_ref (2602.12125).
     """
 
     def loss(a: Answer) -> Tensor:
@@ -173,8 +173,8 @@ def hybrid(weight: float, gamma: float) -> Loss:
     """grad KL(p_t || q_t) + G_{t+1} grad log p(y_t), G_{t+1} = sum_{k>t} gamma^(k-t) c_k - lambda R
     (2512.23097).
 
-    Baseline: mean G of the other answers to the prompt at the same position; an answer that has
-    ended has -lambda R there.
+    The baseline is the mean G of the other answers to the prompt at the same position; the G of an
+    answer that has already ended is -lambda R.
     """
 
     def future(a: Answer, t: int) -> float:
@@ -207,14 +207,14 @@ def clipped(a: Answer, advantage: Tensor, low: float = 0.2, high: float = 0.2) -
 def standard_score(
     answers: Answers, a: Answer, reward: Callable[[Answer], float] = lambda a: a.reward
 ) -> Tensor:
-    """(R - mean) / (std + 1e-6) in the group (2402.03300)."""
+    """(R - mean) / (std + 1e-6) over the answer's group (2402.03300)."""
     group = torch.tensor([reward(b) for b in siblings(answers, a)], dtype=torch.float64)
     return (reward(a) - group.mean()) / ((group - group.mean()).square().mean().sqrt() + 1e-6)
 
 
 def rloo(answers: Answers) -> Tensor:
-    """-(R_i - mean of the others' R) log p(y_i) (2402.14740), a mean over all tokens of the
-    batch.
+    """-(R_i - mean R of the other answers) log p(y_i) (2402.14740), as a mean over all tokens of
+    the batch.
     """
 
     def loss(a: Answer) -> Tensor:
@@ -225,12 +225,12 @@ def rloo(answers: Answers) -> Tensor:
 
 
 def raft(answers: Answers) -> Tensor:
-    """-log p of the answers that passed (2304.06767), per token drawn."""
+    """-log p of the answers with reward 1 (2304.06767), divided by the tokens of all answers."""
     return sum(-a.lp.sum() for a in answers if a.reward == 1) / sum(len(a.ids) for a in answers)
 
 
 def grpo(answers: Answers) -> Tensor:
-    """The clipped surrogate of the group-relative advantage, and beta k3 as a loss beside it
+    """The clipped surrogate of the group-relative advantage, plus beta k3 as a separate loss
     (2402.03300).
     """
 
@@ -244,8 +244,8 @@ def grpo(answers: Answers) -> Tensor:
 
 
 def grpo_with_kl_in_the_clip(answers: Answers) -> Tensor:
-    """GRPO whose k3 gradient, 1 - q/mu, is part of the advantage and so of the ratio and its
-    clip.
+    """GRPO with the k3 gradient, 1 - q/mu, inside the advantage, so that the ratio and its clip
+    apply to it.
     """
 
     def loss(a: Answer) -> Tensor:
@@ -255,7 +255,7 @@ def grpo_with_kl_in_the_clip(answers: Answers) -> Tensor:
 
 
 def dr_grpo(longest: int) -> Loss:
-    """A = R - mean of the group; the sum over tokens over a constant (2503.20783)."""
+    """A = R - mean of the group, with the sum over tokens divided by a constant (2503.20783)."""
 
     def loss(answers: Answers) -> Tensor:
         def one(a: Answer) -> Tensor:
@@ -273,8 +273,8 @@ def dr_grpo(longest: int) -> Loss:
 
 
 def dapo(longest: int, cache: int) -> Loss:
-    """Clip to [1 - 0.2, 1 + 0.28], a mean over tokens, groups of equal rewards left out, soft
-    over-length penalty (2503.14476).
+    """The surrogate clipped to [1 - 0.2, 1 + 0.28] as a mean over tokens, without groups of equal
+    rewards, and with the soft over-length penalty (2503.14476).
     """
 
     def shaped(a: Answer) -> float:
@@ -294,8 +294,8 @@ def dapo(longest: int, cache: int) -> Loss:
 
 
 def reinforce_pp(answers: Answers) -> Tensor:
-    """A_t = R - beta sum_{k>=t} log mu/q, over all tokens of the batch to mean 0 and deviation 1;
-    clipped (2501.03262).
+    """The clipped surrogate with A_t = R - beta sum_{k>=t} log mu/q, normalised over all tokens of
+    the batch to mean 0 and deviation 1 (2501.03262).
     """
     raw = [a.reward - 0.1 * (a.mu - a.lq()).flip(0).cumsum(0).flip(0) for a in answers]
     joined = torch.cat(raw)
@@ -307,12 +307,12 @@ def reinforce_pp(answers: Answers) -> Tensor:
 
 
 def ppo(answers: Answers) -> Tensor:
-    """Clipped surrogate, GAE of r_t = -beta log p/q + 1[t = T] R with discount 1 and lambda 0.95,
-    value loss (1707.06347).
+    """The clipped surrogate with GAE of r_t = -beta log p/q + 1[t = T] R, discount 1 and lambda
+    0.95, and the value loss (1707.06347).
 
-    The p inside the reward is the learner's before its update, the ratio's denominator the sampler.
-    The value head predicts costs, so V is its negative; the value loss is (V - V_target)^2 / 2
-    times 0.5.
+    The p inside the reward is the learner's before its update; the denominator of the ratio is the
+    sampler. The value head predicts costs, so V is the negative of its output. The value loss is
+    (V - V_target)^2 / 2 times 0.5.
     """
 
     def loss(a: Answer) -> Tensor:
@@ -333,8 +333,8 @@ def ppo(answers: Answers) -> Tensor:
 
 
 def pairs(answers: Answers, loss: Callable[[Answer, Answer], Tensor]) -> Tensor:
-    """The mean over prompts of the loss of their best and worst answer; a prompt whose rewards are
-    all equal has no pair.
+    """The mean over prompts of the loss of their best and worst answers. A prompt with equal
+    rewards is left out.
     """
     groups = [
         sorted(group, key=lambda a: -a.reward) for _, group in groupby(answers, lambda a: a.group)
@@ -349,7 +349,7 @@ def nls(x: Tensor) -> Tensor:
 
 
 def ratio(a: Answer) -> Tensor:
-    """log p/p_ref of the whole response."""
+    """log p/p_ref, summed over the response."""
     return (a.lp - a.lq("initial")).sum()
 
 
@@ -367,6 +367,6 @@ PAIRS: dict[str, Callable[[Answer, Answer], Tensor]] = {
     "dil_bce": lambda w, r: nls(mean_ratio(w)) + nls(-mean_ratio(r)),
     "reward_model": lambda w, r: nls(w.values[-1] - r.values[-1]),
 }
-"""The losses of a chosen response w and a rejected response r, in this order of the papers:
+"""The losses of a chosen response w and a rejected response r. Their papers are, in this order,
 2305.18290, 2310.12036, 2305.10425, 2405.14734, 2503.05079 (three losses), Bradley and Terry.
 """

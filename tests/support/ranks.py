@@ -1,4 +1,4 @@
-"""Starts learner_job.py and sharded_teacher_job.py, programs of this folder that fork ranks."""
+"""Starts learner_job.py and sharded_teacher_job.py, the programs of this folder that fork ranks."""
 
 import os
 import signal
@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 480  # of all groups of ranks; each takes about 15 s
+DEADLINE_S = 480  # timeout of a whole job; each group of ranks takes about 15 s
 
 
 def run_ranks(job: str, *arguments: str) -> None:
-    """Run tests/support/JOB, whose ranks are processes, and wait for it."""
+    """Run the program tests/support/JOB, which forks ranks, and wait for it.
+
+    Raises:
+        AssertionError: it failed; the message has the end of its output.
+        subprocess.TimeoutExpired: it did not end within DEADLINE_S; it is killed.
+    """
     env = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "DS_ACCELERATOR": "cpu",

@@ -1,4 +1,4 @@
-"""A server with scripted answers in the form of vLLM's, which records the requests."""
+"""A server that gives scripted answers in the form of vLLM's server, and records the requests."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -8,13 +8,15 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 Answer = tuple[int, Any]
-"""HTTP status and body: a value that is sent as JSON, or bytes."""
+"""The HTTP status and the body, which is bytes or a value that is sent as JSON."""
 HANG = (0, "nothing until the end")
 DROP = (0, "nothing: the connection is closed")
 
 
 def prompt_logprobs(ids: Sequence[int], top: int) -> list[dict | None]:
-    """Token y in place t has the log-prob -(y + t / 10); the most likely tokens are 0, 1, 2, ..."""
+    """The log-probs of a prompt in vLLM's form: token y at position t has the log-prob -(y + t /
+    10), and the `top` most likely tokens are 0, 1, 2, ...
+    """
     entries: list[dict | None] = [None]
     for t, token in enumerate(ids[1:], 1):
         tokens = [token, *range(top)]
@@ -28,11 +30,13 @@ def scores(body: dict) -> Answer:
 
 
 class ScoringServer:
-    """Answers with its `script`, one entry for each scoring, and then as `scores`.
+    """The answers of the server and a record of its requests. Each request for scores gets the next
+    entry of `script`, and after its end the answer of `scores`.
 
     Args:
-        script: answers, or functions of a request's body that return one.
-        texts: the answer to /detokenize, by the token ids.
+        script: answers, or functions that return an answer for the body of a request.
+        texts: returns the answer to /detokenize for token ids.
+        max_model_len: the length that the server reports for its model.
     """
 
     def __init__(
@@ -45,7 +49,7 @@ class ScoringServer:
         self.texts = texts
         self.models = [{"id": "big", "max_model_len": max_model_len}]
         self.events: list[str] = []  # method, path and status of each request, as it is answered
-        self.bodies: list[dict] = []  # of the scorings
+        self.bodies: list[dict] = []  # bodies of the requests for scores
         self.keys: set[str | None] = set()
         self.most_at_once = 0
         self.release = Event()  # ends the requests that hang
@@ -77,14 +81,16 @@ class ScoringServer:
 
 
 class QuietServer(ThreadingHTTPServer):
-    """A server that prints nothing where a client closes its connection."""
+    """A server that prints nothing when a client closes its connection."""
 
     def handle_error(self, *_: object) -> None: ...
 
 
 @contextmanager
 def scoring_server(*args: Any, **kwargs: Any) -> Iterator[ScoringServer]:
-    """A running server at a free port of this machine; its address is `url`."""
+    """Run a server at a free port of this machine until the end of the `with` block; its address is
+    `url`.
+    """
     script = ScoringServer(*args, **kwargs)
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,5 +1,5 @@
-"""An engine in place of vLLM's. It continues token ids by a rule, by one token of every request a
-step, and records the calls that it receives.
+"""A stand-in for vLLM's engine. In each step it adds one token to every request, which is
+determined by a rule, and it records the calls that it receives.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,15 +32,16 @@ class Request:
 
 
 class ScriptedEngine:
-    """The log-prob of token t is -t / 10; the most likely tokens are always 20, 21, ...
+    """The stand-in. The log-prob of token t is -t / 10; the most likely tokens are always 20, 21,
+    ...
 
     Args:
-        rule: from a prompt's tokens to those that follow; END ends the turn.
+        rule: returns the response to a prompt's tokens; END ends a turn.
     """
 
     def __init__(self, rule: Callable[[list[int]], Sequence[int]]) -> None:
         self.rule = rule
-        self.requests: list[Request] = []  # all that were ever added
+        self.requests: list[Request] = []  # all requests that were ever added
         self.running: list[Request] = []
         self.events: list[str] = []  # "add NAME", "step", ..., in the order of the calls
         self.version = "0"
@@ -112,7 +113,9 @@ class ScriptedEngine:
 
 
 class TwoTurns:
-    """A rollouter: the model answers, reads an observation, and answers once more."""
+    """A rollouter in which the model answers, reads an observation, and answers again, unless its
+    first answer was cut off.
+    """
 
     def __init__(self, observation: Sequence[int]) -> None:
         self.observation = tuple(observation)

@@ -1,8 +1,8 @@
-"""A teacher on several devices: `python sharded_teacher_job.py RANKS:FOLDER ...`.
+"""Runs a teacher that is divided over ranks: `python sharded_teacher_job.py RANKS:FOLDER ...`.
 
 FOLDER holds the models `student` and `teacher`. Each rank scores a batch with each kind of evidence
-and writes RANKS-RANK.json: the digest of what it computed, the bytes of weights that it read and
-those that it holds. Rank 0 also writes the scores, RANKS-EVIDENCE.npz.
+and writes RANKS-RANK.json: the bytes of weights that it read and holds, and the error message when
+the ranks get different batches. Rank 0 also writes the scores to RANKS-EVIDENCE.npz.
 """
 
 import json
@@ -51,7 +51,7 @@ def batch_of() -> RolloutBatch:
 
 
 class ReadBytes:
-    """Counts the bytes of weights that transformers reads from files for this rank."""
+    """Counts the bytes of the weight shards that transformers reads from files for this rank."""
 
     def __init__(self) -> None:
         self.total = 0

@@ -1,16 +1,16 @@
-"""How many graphs torch compiles, which torch has no public call for.
+"""Counts the graphs that torch compiles, for which torch has no public function.
 
-Read in torch 2.13; tests/kernels/test_torch_internals.py fails when they are counted otherwise.
+Read in torch 2.13; tests/kernels/test_torch_internals.py fails when the count is stored elsewhere.
 """
 
 import torch
 
 
 def forget_graphs() -> None:
-    """Count from 0 again; graphs that exist are kept."""
+    """Reset the count; existing graphs are kept."""
     torch._dynamo.utils.counters.clear()
 
 
 def num_graphs() -> int:
-    """The number of graphs that were compiled since forget_graphs."""
+    """The number of graphs that were compiled since the last call of forget_graphs."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -1,8 +1,8 @@
-"""A small recurrent language model in float64, its responses, and the gradient that the production
-path makes of them.
+"""A small recurrent language model in float64, responses, and the gradient that the production code
+computes from them.
 
-The path is that of the learner without its processes: settings, objective, the learner's view,
-credit, sequences, micro-batch, student, backward.
+The production code runs as in the learner, but in this process: settings, objective, the learner's
+view, credit, sequences, micro-batch, student, backward.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ MODELS = {"student": (0, 5), "initial": (1, 5), "main": (2, 4), "second": (3, 6)
 
 
 class Recurrence(nn.Module):
-    """h_t = tanh(W h_{t-1} + e(x_t)): padding on the right does not change a state before it."""
+    """h_t = tanh(W h_{t-1} + e(x_t)), in which padding on the right changes no state before it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,8 +63,8 @@ class Recurrence(nn.Module):
 
 
 class Toy(nn.Module):
-    """The parts of a causal language model that the student module and the scorer need, and a value
-    head.
+    """A model with the parts of a causal language model that the student module and the scorer use,
+    and a value head.
     """
 
     def __init__(self, name: str) -> None:
@@ -74,7 +74,7 @@ class Toy(nn.Module):
         self.base_model = Recurrence(width)
         self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
         self.value_head = nn.Linear(width, 1, bias=False)
-        nn.init.normal_(self.lm_head.weight)  # in float32, as a teacher's head is stored
+        nn.init.normal_(self.lm_head.weight)  # in float32, the dtype in which a head is stored
         self.config = PreTrainedConfig()
         self.double()
 
@@ -89,14 +89,14 @@ class Toy(nn.Module):
         return CausalLMOutput(logits=self.lm_head(states))
 
     def before(self, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
-        """[T, H] the hidden state before each token of one response."""
+        """[T, H] the hidden states before each token of one response."""
         return self.base_model(torch.tensor([[*prompt, *ids]])).last_hidden_state[
             0, len(prompt) - 1 : -1
         ]
 
 
 def gradient_of(model: nn.Module) -> dict[str, Tensor]:
-    """The gradient by parameter; 0 where there is none."""
+    """The gradient of each parameter by name; zeros if it has none."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in model.named_parameters()
@@ -105,7 +105,7 @@ def gradient_of(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """One response; the responses to one prompt must be adjacent."""
+    """One response. In a sequence of them, the responses to one prompt must be adjacent."""
 
     prompt: tuple[int, ...]
     ids: tuple[int, ...]
@@ -119,8 +119,8 @@ class Response:
 
 
 def save_heads(folder: Path) -> None:
-    """Write folders with the parts of a model that the learner reads of a teacher; a teacher whose
-    path is null has the student's.
+    """Write folders with the parts of a teacher's model that the learner reads. A teacher whose
+    path is null uses the student's folder.
     """
     for name, of in (("student", "initial"), ("main", "main"), ("second", "second")):
         (folder / name).mkdir()
@@ -147,7 +147,10 @@ def preset(name: str, folder: Path, *overrides: str) -> RunSettings:
 
 
 def sampler_logprobs(response: Response) -> Tensor:
-    """[T] float64 log mu(y): of the student plus the drift, of the first teacher, or 0 for data."""
+    """[T] float64 log mu(y): the writer's log-probs plus the drift, or 0 for responses of the data.
+
+    The writer is the student, or the teacher `main` for its own responses.
+    """
     if response.source is Source.data:
         return torch.zeros(len(response.ids), dtype=torch.float64)
     writer = Toy("student" if response.source is Source.student else "main")
@@ -160,10 +163,10 @@ def sampler_logprobs(response: Response) -> Tensor:
 
 
 class Production:
-    """The gradient of one preset.
+    """Computes the gradient of one preset by the production code.
 
-    Columns are float32 as in a run. With `wide` they are float64, so that only rounding errors of
-    float64 remain.
+    Columns are float32 as in a run, or float64 with `wide`, so that only rounding errors of float64
+    remain.
     """
 
     def __init__(self, settings: RunSettings, *, wide: bool) -> None:
@@ -177,7 +180,7 @@ class Production:
             self.student.value_head = self.model.value_head
 
     def gradient(self, responses: Sequence[Response], step: int = 0) -> dict[str, Tensor]:
-        """The gradient by parameter; the responses of one source must be adjacent."""
+        """The gradient of each parameter by name. The responses of one source must be adjacent."""
         sources = groupby(responses, lambda r: r.source)
         batches = [self._scored(list(of_source)) for _, of_source in sources]
         plan = self._plan(batches, step)
@@ -219,7 +222,7 @@ class Production:
     def _scores(
         self, name: str, rollout: RolloutBatch, responses: Sequence[Response]
     ) -> TokenScores:
-        """The scores of this teacher as the production code sends them."""
+        """The scores of a teacher in the form in which the production code sends them."""
         teacher = Toy(name)
         evidence = self.objective.needs.evidence[self.settings.scored_teachers.index(name)]
         kind = torch.from_numpy(np.zeros(0, self.dtype)).dtype
@@ -250,7 +253,7 @@ class Production:
         num_complete = sum(
             int(b.rewards.keep.reshape(-1, b.rollout.group_size).all(1).sum()) for b in batches
         )
-        # A dropped group has the reward NaN, for which the comparison is false.
+        # The rewards of a dropped group are NaN, for which the comparison is false.
         num_pairs = sum(int((g.max(1) > g.min(1)).sum()) for g in groups)
         return make_plan(
             batches[0].rollout,

@@ -1,4 +1,4 @@
-"""Reads back what wandb has written to disk for a run."""
+"""Reads the files that wandb has written for a run."""
 
 import json
 import time
@@ -18,8 +18,8 @@ LIMIT_S = 60.0
 
 
 def records(run_dir: Path) -> list[Record]:
-    """The records of the .wandb file under a run directory, once its last one is on disk: wandb's
-    own process writes it after the run is finished.
+    """The records of the .wandb file under a run directory. Waits for the last record, which
+    wandb's own process writes after the run is finished.
     """
     return wait_for(run_dir, "exit")
 
@@ -27,10 +27,13 @@ def records(run_dir: Path) -> list[Record]:
 def wait_for(
     run_dir: Path, kind: str, meanwhile: Callable[[], None] = lambda: None
 ) -> list[Record]:
-    """The records that are on disk as soon as one of a kind is.
+    """Wait until a record of a kind is on disk; returns all records that are then on disk.
 
     Args:
-        meanwhile: called again and again until then.
+        meanwhile: a function that is called repeatedly until then.
+
+    Raises:
+        AssertionError: there is no such record after LIMIT_S.
     """
     [path] = run_dir.glob("wandb/offline-run-*/*.wandb")
     deadline = time.monotonic() + LIMIT_S
@@ -44,7 +47,7 @@ def wait_for(
 
 
 def config(run_dir: Path) -> dict[str, Any]:
-    """The config of the run as it was begun."""
+    """The config with which the run was started."""
     [begun] = [r.run for r in records(run_dir) if r.HasField("run")]
     return {item.key: json.loads(item.value_json) for item in begun.config.update}
 

@@ -1,7 +1,7 @@
-"""A local stand-in of the server of Weights & Biases, with the requests of a run that is tracked
+"""A local stand-in for the server of Weights & Biases, for the requests of a run that is tracked
 online and of a saved view.
 
-It accepts every run and everything that is uploaded. Views are stored as they arrived.
+It accepts every run and every upload. Views are stored as they arrive.
 """
 
 import json
@@ -26,14 +26,13 @@ BUCKET = {
 
 @dataclass
 class LocalWandb:
-    """What the server has, and how it answers.
+    """The state of the server and its answers.
 
     Attributes:
-        views: of each project, by entity/project and the internal name; each with displayName and
-            spec.
-        refusal: the message with which every view is refused; empty: none is.
-        asked_for_views: how many requests looked for a view.
-        release: while it is not set, requests about views get no answer, for 30 s at most.
+        views: the views by entity/project and internal name, each with displayName and spec.
+        refusal: the message with which every view is refused; empty: views are accepted.
+        asked_for_views: the number of requests that looked for a view.
+        release: requests that look for a view wait until it is set, but at most 30 s.
     """
 
     views: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
@@ -72,7 +71,7 @@ class LocalWandb:
 
 @contextmanager
 def running(wandb: LocalWandb) -> Iterator[LocalWandb]:
-    """The server behind HTTP at wandb.url until the end of the block."""
+    """Serve it by HTTP at wandb.url until the end of the `with` block."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

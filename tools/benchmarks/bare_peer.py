@@ -2,7 +2,7 @@
 
     python bare_peer.py ORDER.json
 
-ORDER has the form of trl_peer.py; of the output, only the times of steps are the same.
+ORDER has the form of trl_peer.py. The script prints the seconds of each step and of its parts.
 """
 
 import json
