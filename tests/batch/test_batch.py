@@ -1,4 +1,6 @@
-"""Who trains on what, and the padded tensors of one forward pass."""
+"""How groups are divided among ranks and micro-batches, and the padded tensors of a forward
+pass.
+"""
 
 import math
 import random
@@ -45,7 +47,7 @@ def test_every_group_goes_to_one_rank_and_no_rank_is_a_whole_group_behind(seed: 
 
 
 class Tokens(int):
-    """A number of tokens that counts how often such numbers are compared."""
+    """A number of tokens that counts comparisons between such numbers."""
 
     compared = 0
 
@@ -61,7 +63,7 @@ class Tokens(int):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_each_group_goes_to_the_lightest_rank_which_takes_few_comparisons(seed: int):
-    """A comparison with every rank would be 512 * 127 = 65024 of them."""
+    """Comparing each of 512 groups with all ranks would take 512 * 127 = 65024 comparisons."""
     rng = random.Random(seed)
     tokens = [rng.randint(1, 9) for _ in range(512)]
     loads = [[0, 0, rank, []] for rank in range(128)]
@@ -124,7 +126,7 @@ def sequences(
     groups: Sequence[int] = (0, 1),
     teacher_weights: Sequence[float] = (1.0,) * 4,
 ):
-    """What a rank with these groups makes of the batch, every token of weight 0.25."""
+    """The training sequences of a rank with these groups, in which every token has weight 0.25."""
     scored = ScoredBatch(rollout=BATCH, scores=(scores,), rewards=make_rewards(BATCH, [0.0] * 4))
     rows = [
         r for g in groups for r in range(3 * g, 3 * g + 3)

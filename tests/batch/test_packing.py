@@ -1,4 +1,4 @@
-"""A model whose sequences see each other when packed is refused; checked on tiny models of many
+"""A model whose packed sequences attend to each other is refused; checked on tiny models of many
 kinds.
 """
 

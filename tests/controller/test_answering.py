@@ -1,4 +1,4 @@
-"""Which prompts share a wave, and what the rewards and lengths of responses say about a model."""
+"""Which prompts share a wave, and the statistics of a model's responses: rewards and lengths."""
 
 import math
 from dataclasses import replace
@@ -53,8 +53,8 @@ def test_average_error_and_share_of_passed_problems_are_over_problems():
 
 
 def test_pass_at_k_is_the_chance_that_one_of_k_drawn_responses_passes():
-    """Of the 4 responses to the first problem 2 pass: of the 6 pairs of them only one fails. Of the
-    second problem's none passes.
+    """2 of the 4 responses to the first problem pass, so only one of their 6 pairs has none that
+    passes. No response to the second problem passes.
     """
     values = np.array([[1.0, 0.0, 1.0, 0.0], [0.0, 0.5, 0.0, 0.0]])
     assert pass_sizes(4) == [1, 2, 4] and pass_sizes(6) == [1, 2, 4, 6]
@@ -101,7 +101,7 @@ def test_without_a_reward_there_are_only_lengths():
     ("reward", "expected"), [(None, [[1, 2], [13, 14]]), ("code", [[11, 12], [13, 14]])]
 )
 def test_a_set_is_judged_by_the_first_function_that_takes_a_problem_or_by_its_own(reward, expected):
-    """Two problems with two responses each; `sums` has the values 1 to 4, `code` 11 to 14."""
+    """There are two problems with two responses each; `sums` gives 1 to 4, and `code` 11 to 14."""
     functions = {
         "sums": RewardFunctionConfig(function="math", route={"data_source": "sums"}),
         "code": RewardFunctionConfig(function="math"),
@@ -116,7 +116,7 @@ def test_a_set_is_judged_by_the_first_function_that_takes_a_problem_or_by_its_ow
 
 
 def test_an_answer_has_the_rewards_of_the_functions_whose_routes_take_its_prompt():
-    """So the first of them, by which the answer is judged, never is one that did not score it."""
+    """Therefore the first of these functions, which judges the answer, has always scored it."""
     batch = make_batch([((1,), [(2,), (3,)])])
     judged = replace(
         make_rewards(batch, [0.0, 0.0]),

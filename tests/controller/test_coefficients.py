@@ -1,4 +1,4 @@
-"""The coefficients of a step, and the metrics that they follow."""
+"""The coefficients of a step, which may depend on metrics of earlier steps."""
 
 import pytest
 

@@ -22,7 +22,7 @@ def pending(name: str) -> Pending:
 
 
 def arrived(name: str, groups: tuple[int, ...]) -> Arrived:
-    """A chunk of two prompts with one response each, of 2 and of 6 tokens with the prompt."""
+    """A chunk of two prompts with one response each: sequences of 2 and 6 tokens."""
     batch = make_batch([((1,), [(2,)]), ((1, 2), [(5, 6, 7, 2)])])
     chunk = Chunk(order=None, prompts=(), header=pending("header"), batch=pending(f"{name} batch"))
     drawn = PendingChunk(
@@ -41,7 +41,7 @@ def arrived(name: str, groups: tuple[int, ...]) -> Arrived:
 
 
 def test_every_used_group_belongs_to_one_rank_and_each_rank_gets_the_values_of_its_chunks():
-    """Groups of 2, 6 and 6 tokens are divided into 6 + 2 tokens and 6 tokens."""
+    """Groups of 2, 6 and 6 tokens are divided into shards of 6 + 2 tokens and 6 tokens."""
     batch = divide([arrived("a", (0, 1)), arrived("b", (1,))], num_ranks=2)
     owned = sorted(
         (chunk, group)
@@ -57,7 +57,9 @@ def test_every_used_group_belongs_to_one_rank_and_each_rank_gets_the_values_of_i
 
 
 def test_every_mini_batch_is_divided_among_all_ranks_and_holds_groups_that_no_other_has():
-    """Three chunks of two groups, of 2 and of 6 tokens, are cut into three pairs of groups."""
+    """Three chunks, each with a group of 2 and one of 6 tokens, are cut into three mini-batches of
+    two groups.
+    """
     chunks = [arrived(name, (0, 1)) for name in "abc"]
     batch = divide(chunks, num_ranks=2, num_mini_batches=3, seed=1)
     assert [len(places) for places in batch.mini_batches] == [2, 2, 2]

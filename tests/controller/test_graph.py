@@ -1,5 +1,5 @@
-"""The real graph: two Ray nodes, two vLLM engines, two DeepSpeed ranks, two scorers and two reward
-workers.
+"""Steps and faults of the real graph: two Ray nodes, two vLLM engines, two DeepSpeed ranks, two
+scorers and two reward workers.
 """
 
 import os
@@ -138,7 +138,9 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
 
 @pytest.fixture(autouse=True)
 def every_engine_serves(graph: Graph) -> None:
-    """A test may use up the engines, so each begins with all of them, whichever ran before."""
+    """Replace the engines that an earlier test has lost, so that each test begins with all
+    engines.
+    """
     rollout = graph.workers.rollout
     rollout.group.restarts_left = graph.settings.cluster.max_restarts
     for index in {0, 1} - rollout.fleet.serving - rollout.fleet.joining.keys():
@@ -150,7 +152,7 @@ def every_engine_serves(graph: Graph) -> None:
 
 @contextmanager
 def learning_by(graph: Graph, settings: RunSettings) -> Iterator[None]:
-    """The shared learner has these settings in the block."""
+    """Give the shared learner these settings in the `with` block."""
     graph.workers.learner.configure(settings)
     try:
         yield
@@ -160,7 +162,7 @@ def learning_by(graph: Graph, settings: RunSettings) -> Iterator[None]:
 
 @pytest.fixture
 def controller(graph: Graph, tmp_path: Path) -> Controller:
-    """A fresh run over the same workers."""
+    """The controller of a new run with the same workers."""
     return replace(graph, run_dir=tmp_path).controller(graph.settings, graph.workers)
 
 
@@ -196,9 +198,9 @@ def test_the_sampler_and_the_learner_agree_on_the_log_probs_after_every_sync(con
 
 
 class Watched(Residency):
-    """Workers that take turns. `seen` has of each phase, once it is entered: how many parts of each
-    engine are asleep, the version that it has, its unfinished requests, and the updates that the
-    learner has made.
+    """Makes workers take turns. When a phase is entered, `seen` gets the phase, the number of parts
+    of each engine that are asleep, the engine's version, its unfinished requests, and the number of
+    updates that the learner has made.
     """
 
     def __init__(self) -> None:
@@ -229,10 +231,10 @@ def test_in_turns_a_step_samples_awake_learns_with_sleeping_engines_and_wakes_th
         controller.evaluate()
     finally:
         watched.enter(Phase.sample, workers.engines, workers.learner)
-        workers.learner.acquire()  # other tests take no turns
+        workers.learner.acquire()  # because other tests take no turns
     before = watched.seen[0][-1]  # updates of other tests
     assert [(*seen[:-1], seen[-1] - before) for seen in watched.seen][1:-1] == [
-        (Phase.sample, 0, 0, 0, 0),  # the weights at the start have arrived
+        (Phase.sample, 0, 0, 0, 0),  # after the initial weights have arrived
         (Phase.sample, 0, 0, 0, 0),
         (Phase.learn, 2, 0, 0, 0),
         (Phase.sync, 1, 0, 0, 1),
@@ -244,8 +246,8 @@ def test_in_turns_a_step_samples_awake_learns_with_sleeping_engines_and_wakes_th
 
 
 def test_pipelined_steps_overlap_within_their_bound_and_lose_no_prompt(graph):
-    """With two steps ahead, the tokens of the third step are requested while the engines serve
-    version 0, and are sampled while versions 1 and 2 arrive.
+    """The tokens of the third step, two steps ahead, are requested while the engines serve version
+    0, and sampled while versions 1 and 2 arrive.
     """
     pipelined = replace(graph.settings.pipeline, ahead=2, max_staleness=2)
     settings = replace(
@@ -274,7 +276,7 @@ def test_pipelined_steps_overlap_within_their_bound_and_lose_no_prompt(graph):
 def test_tokens_that_are_too_old_are_sampled_again_or_weighted_and_no_prompt_is_lost(
     graph, tmp_path, policy
 ):
-    """Waves are drawn three versions ahead, where one is allowed."""
+    """Waves are drawn three versions ahead, but only a staleness of one version is allowed."""
     pipeline = replace(graph.settings.pipeline, ahead=3, max_staleness=1, on_stale=policy)
     algorithm = replace(
         graph.settings.algorithm, ratio=replace(graph.settings.algorithm.ratio, kind=Ratio.truncate)
@@ -411,7 +413,9 @@ def test_a_stopped_scorer_ends_in_a_timeout_that_names_it(graph):
 
 
 def step_without_loss(controller: Controller) -> dict[str, float]:
-    """Take a step when a worker is lost: it uses 16 prompts and loses none."""
+    """Take a step during which a worker is lost, and check that it uses 16 prompts and loses
+    none.
+    """
     position = controller.prompts.position
     row = controller.step()
     assert (controller.prompts.position - position) % 64 == 16, "of 64 prompts an epoch"
@@ -420,7 +424,7 @@ def step_without_loss(controller: Controller) -> dict[str, float]:
 
 
 def steps_on(controller: Controller) -> None:
-    """Take a step in which a worker is lost: it counts a restart."""
+    """Take a step during which a worker is lost, and check that it counts a restart."""
     restarts = controller.workers.restarts
     assert step_without_loss(controller)["cluster/restarts"] == restarts + 1
 
@@ -455,7 +459,7 @@ def short_deadlines(graph: Graph) -> Iterator[None]:
             short = replace(group.settings, deadlines=SHORT, reward=reward)
             patch.setattr(group, "settings", short)
         patch.setattr(graph.workers.rollout.fleet, "deadlines", SHORT)
-        patch.setattr(graph.workers.rollout.fleet, "pings", {})  # those under way have other ones
+        patch.setattr(graph.workers.rollout.fleet, "pings", {})  # these have longer deadlines
         yield
 
 
@@ -507,10 +511,10 @@ def test_an_engine_that_stops_while_weights_come_is_replaced_while_the_other_ans
 
 
 def test_a_learner_rank_that_stops_is_reported_at_its_deadline(graph, controller, short_deadlines):
-    """A run then goes back to its checkpoint, which tests/launch/test_faults.py tests. Here the
-    rank continues, and its step is lost.
+    """A run would then go back to its checkpoint, see tests/launch/test_faults.py. Here the rank
+    continues, and its step is lost.
     """
-    controller.probe.check()  # so that the next call of the rank is the update
+    controller.probe.check()  # so that the update is the next call of the rank
     os.kill(pid := graph.workers.learner.group.pids()[1], signal.SIGSTOP)
     try:
         with pytest.raises(
@@ -519,7 +523,7 @@ def test_a_learner_rank_that_stops_is_reported_at_its_deadline(graph, controller
             controller.step()
     finally:
         os.kill(pid, signal.SIGCONT)
-    gather(graph.workers.learner.ready())  # the rank has finished the step, which does not count
+    gather(graph.workers.learner.ready())  # the rank has finished the lost step
     controller.pipeline.settle([])
     controller.publish_weights()
 
@@ -545,7 +549,7 @@ def test_a_killed_scorer_is_replaced_and_scores_the_same_tokens(graph, controlle
     assert group.pids()[1] != pid
 
     os.kill(pid := group.pids()[1], signal.SIGKILL)
-    controller.save({}, last=True)  # needs the state of every scorer
+    controller.save({}, last=True)  # asks every scorer for its state
     assert (
         group.pids()[1] != pid
         and controller.checkpointer.newest().state.step == controller.steps_done
@@ -556,7 +560,7 @@ def test_a_killed_scorer_is_replaced_and_scores_the_same_tokens(graph, controlle
 def other_scorers(
     graph: Graph, settings: RunSettings, count: int, log_dir: Path
 ) -> Iterator[ScorerGroup]:
-    """Scorers of these settings, beside those of the graph."""
+    """Start scorers with these settings, in addition to those of the graph."""
     slots = [replace(slot, num_cpus=0.0) for slot in graph.slots["scorer-main"][:count]]
     group = ScorerGroup(settings, slots, teacher="main", device="cpu", log_dir=str(log_dir))
     try:
@@ -619,8 +623,8 @@ def test_a_lost_server_is_followed_by_the_next_one_and_without_one_the_run_ends_
 def test_an_engine_with_other_weights_than_the_learner_is_named_before_anything_is_learned_from_it(
     graph, controller
 ):
-    """The engine received what was sent, so its digest is right, but the weights are not those of
-    the learner.
+    """The engine received the bytes that were sent, so its digest is right, but these are not the
+    learner's weights.
     """
     learner, group = graph.workers.learner, graph.workers.rollout.group
     manifest, packed = learner.pack_weights(controller.weight_version)
@@ -641,7 +645,7 @@ def test_an_engine_with_other_weights_than_the_learner_is_named_before_anything_
 
 
 class Disagreeing:
-    """The learner of a graph, whose statistics report `gap`, if it is not None."""
+    """The learner of a graph, except that its statistics report `gap`, unless it is None."""
 
     def __init__(self, learner: LearnerGroup, gap: float | None = None) -> None:
         self.learner = learner
@@ -671,7 +675,7 @@ def test_a_step_whose_sampler_and_learner_differ_too_much_ends_the_run(graph, co
 
 
 class Skipping:
-    """The learner of a graph, which skips its next `count` batches."""
+    """The learner of a graph, except that it skips its next `count` batches."""
 
     def __init__(self, learner: LearnerGroup, count: int) -> None:
         self.learner = learner
@@ -700,7 +704,9 @@ def test_batches_that_are_left_out_are_passed_over_and_one_too_many_ends_the_run
 def test_a_run_continues_without_an_engine_that_cannot_be_replaced_and_ends_without_the_last_one(
     graph, controller, caplog
 ):
-    """The graph has no engine afterwards; `every_engine_serves` gives the next test new ones."""
+    """Afterwards the graph has no engine; `every_engine_serves` starts new ones for the next
+    test.
+    """
     rollout = graph.workers.rollout
     rollout.group.restarts_left = 0
     os.kill(rollout.group.pids()[1], signal.SIGKILL)

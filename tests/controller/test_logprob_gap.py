@@ -41,6 +41,6 @@ def test_a_gap_above_the_limit_or_that_is_no_number_ends_the_run(gap: float, tex
 
 
 def test_statistics_without_a_gap_cannot_be_made():
-    """A gap that a caller leaves out must not count as a small one."""
+    """Otherwise a gap that a caller forgot to pass would count as a small one."""
     with pytest.raises(TypeError, match="logprob_gap"):
         LearnerStats(token_kl=None, sparse_norm=0.0, metrics={"policy/logprob_gap": 0.0}, learn_s=0)

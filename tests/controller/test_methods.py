@@ -1,4 +1,4 @@
-"""Every preset trains the Countdown student for two steps, all of them in one running graph with
+"""Every preset trains the Countdown student for two steps. All presets share one running graph of
 real workers.
 """
 
@@ -34,8 +34,8 @@ RESPONSES |= dict.fromkeys(
     ("dpo", "ipo", "slic", "simpo", "dil_lsif", "dil_ukl", "dil_bce", "reward_model"), "pair"
 )
 EVALUATED = {*RESPONSES, "hybrid"}
-"""The methods that learn from responses of the data, on which an evaluation has a loss too, and one
-of the others, all of which an evaluation treats alike.
+"""The methods that learn from responses of the data, for which an evaluation also computes a loss,
+and one of the other methods, which an evaluation treats all alike.
 """
 EVERYTHING = (
     "ppo",
@@ -44,20 +44,20 @@ EVERYTHING = (
     "algorithm.ratio.kind=none",
     "algorithm.gamma=0",
     "algorithm.reward_weight.value=0",
-    # As a user's estimator: a built-in one is not called where nothing enters the returns.
+    # A built-in estimator is not called if nothing enters the returns, but a user's one is.
     f"algorithm.advantage={generalised.__file__}:GeneralisedAdvantage",
     "+teachers.initial.path=null",
     "algorithm.support=full",
     "+data.options.responses=pair",
 )
-"""The settings that start every worker which some method needs: a value head, a second scorer, the
-teacher's engine, and responses of the data.
+"""Settings that start every worker that any method needs: a value head, a second scorer, an engine
+of the teacher, and responses of the data.
 """
 
 
 @dataclass
 class Methods:
-    """The running graph, and settings of any method on it."""
+    """The running graph, and the settings of any method for it."""
 
     folder: Path
     workers: Workers | None = None
@@ -84,7 +84,7 @@ class Methods:
         )
 
     def controller(self, settings: RunSettings) -> Controller:
-        """A controller of the workers that the settings need, configured by the settings."""
+        """A controller with those workers that the settings need, configured with the settings."""
         by_name = {scorer.teacher: scorer for scorer in self.workers.scorers}
         used = replace(
             self.workers, scorers=[by_name[name] for name in settings.teachers_with_scorers]
@@ -198,8 +198,8 @@ def test_the_loss_on_held_out_data_is_that_of_a_step_on_the_same_data(
 
 
 def test_each_set_is_evaluated_by_its_rewards_and_by_the_pairs_of_its_rows(methods: Methods):
-    """The held-out problems are a set here too, so both have the same loss; its two greedy problems
-    are the first two of the held-out ones.
+    """The held-out problems are used as a set too, so both have the same loss. The two problems
+    that are answered greedily are the first two held-out ones.
     """
     controller = methods.controller(
         methods.settings(

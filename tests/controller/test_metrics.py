@@ -1,4 +1,6 @@
-"""The metrics of a step, against numbers counted by hand, and the page that explains them."""
+"""The metrics of a step, compared with numbers computed by hand, and the page that explains
+them.
+"""
 
 import json
 import math
@@ -78,14 +80,14 @@ METRICS = [metric for section in SECTIONS for metric in section.metrics]
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[None]:
-    """A process group of this process; test_learner.py has the same metrics on two ranks."""
+    """A process group of this process alone; test_learner.py tests these metrics on two ranks."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def reduced(tally: Tally) -> dict[str, float]:
-    """The totals over all ranks."""
+    """The metrics of a tally after it was summed over all ranks."""
     tally.reduce()
     return tally.totals()
 
@@ -142,10 +144,10 @@ def micro_batch(
     out: int | None = None,
     teachers: tuple[float, ...] = (1.0,),
 ) -> MicroBatch:
-    """A micro-batch whose response tokens have weight 1, and the one at `out` weight 0.
+    """A micro-batch whose response tokens have weight 1, except that the token `out` has weight 0.
 
     Args:
-        teachers: their weights.
+        teachers: the weights of the teachers.
     """
     weight = torch.ones(len(sparse))
     if out is not None:
@@ -188,9 +190,10 @@ LONG_AND_SHORT = make_batch([((1, 2), [(5, 6, 7, 8, 9, 2), (2,)])])
 
 @pytest.mark.usefixtures("alone")
 def test_a_step_is_measured_over_its_live_tokens():
-    """Six of seven tokens are live. Their ratios rho are 1, 2, 1, 1, 1 and 1/2, of sum 6.5 and sum
-    of squares 8.25; rho - 1 - log rho sums to 0.5. Their advantages are 2, 1, 0, 0, 0 and -3. Both
-    gradients have squared norms 9 and 16 and the inner product -6, and so the cosine -6 / 12.
+    """Six of seven tokens are live. Their ratios rho are 1, 2, 1, 1, 1 and 1/2, whose sum is 6.5
+    and whose squares sum to 8.25; rho - 1 - log rho sums to 0.5. Their advantages are 2, 1, 0, 0, 0
+    and -3. The two gradients have the squared norms 9 and 16 and the inner product -6, so their
+    cosine is -6 / 12.
     """
     tally, log2 = Tally(CPU), math.log(2)
     stats = head_stats(
@@ -236,7 +239,7 @@ def test_a_step_is_measured_over_its_live_tokens():
         "policy/kept_frac": 0.5,
         "train/updates": 1.0,
     }
-    # The last quarter has no live token: that of the long response is the one with weight 0.
+    # The last quarter has no live token: the long response's token in it has weight 0.
     assert row == pytest.approx(by_hand, abs=1e-6)
     typed = learner_stats(found, {}, 0.5, optimizer_steps=1)
     assert typed.logprob_gap == pytest.approx(2 * log2 / 6) and typed.learn_s == 0.5
@@ -251,8 +254,8 @@ def test_a_step_is_measured_over_its_live_tokens():
 def test_the_divergence_of_a_row_is_that_of_teachers_whose_weights_add_up_to_1(
     teachers: tuple[float, ...], kl: float | None
 ):
-    """The head pass gives the weighted sum, here 1 to 7, of mean 4. A schedule of the weights that
-    follows it would otherwise follow itself.
+    """The head pass gives the weighted sum, here 1 to 7 with mean 4. If this sum were the metric, a
+    schedule of the weights that follows the metric would influence itself.
     """
     tally = Tally(CPU)
     stats = head_stats([-1.0] * 7, [0.0] * 7, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
@@ -265,7 +268,7 @@ def test_the_divergence_of_a_row_is_that_of_teachers_whose_weights_add_up_to_1(
 
 @pytest.mark.usefixtures("alone")
 def test_the_divergence_of_a_response_leaves_out_responses_without_a_teacher():
-    """The long response has the divergences 1 to 6, and the teacher no part in the other one."""
+    """The long response has the divergences 1 to 6; the other response has no teacher."""
     tally = Tally(CPU)
     stats = head_stats([-1.0] * 7, [0.0] * 7, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
     micro = micro_batch(LONG_AND_SHORT, [0.0] * 7)
@@ -280,7 +283,7 @@ def test_the_divergence_of_a_response_leaves_out_responses_without_a_teacher():
 
 @pytest.mark.usefixtures("alone")
 def test_tokens_that_older_weights_sampled_do_not_count_as_a_gap_between_sampler_and_learner():
-    """Version 0 sampled all tokens and version 1 learns, so they differ by what was learned."""
+    """Version 0 sampled all tokens and version 1 learns, so they differ because of an update."""
     tally = Tally(CPU)
     count_micro(
         tally,
@@ -365,7 +368,7 @@ def test_the_quarters_of_a_response_depend_only_on_its_own_length():
 def test_the_inner_product_of_both_gradients_is_that_of_the_gradients_alone():
     g = torch.Generator().manual_seed(1)
     logits, teacher = (torch.randn(5, 4, generator=g, dtype=torch.float64) for _ in range(2))
-    eye = torch.eye(4, dtype=torch.float64)  # as output head: hidden states are logits
+    eye = torch.eye(4, dtype=torch.float64)  # as output head, so that hidden states are logits
     terms = token_columns(
         token_ids=torch.tensor([0, 3, 1, 2, 2]),
         token_weight=torch.tensor([0.5, 0.25, 0.0, 0.25, 1.0], dtype=torch.float64),
@@ -467,7 +470,7 @@ def test_a_group_passes_with_any_response_and_groups_of_equal_rewards_are_counte
     assert row["reward/mean"] == pytest.approx(3 / 7) and row["reward/error_rate"] == 1 / 8
     assert (
         row["reward/pass_at_k"] == 1 / 3 and row["reward/equal_groups_frac"] == 2 / 3
-    )  # the failed call's group is not known
+    )  # whether the rewards of the group with the failed call are equal is not known
     assert row["reward/it/mean"] == pytest.approx(3 / 7)
 
 
@@ -501,7 +504,7 @@ def test_lengths_ends_and_staleness_come_from_headers():
     assert row["rollout/compressed"] == 0.5 and row["rollout/repeated"] == 0.25
     assert (
         row["policy/staleness_mean"] == 1.0 and row["policy/staleness_max"] == 2.0
-    )  # data has no version
+    )  # responses of the data have no version
     assert "rollout/compressed" not in rollout_metrics(
         [header()], [make_rewards(LONG_AND_SHORT, [0, 0])], 3
     )
@@ -522,7 +525,7 @@ def test_repetition_is_measured_in_ids_and_in_text():
 
 
 def probed() -> dict[str, float]:
-    """The probe's keys, from a batch in which nothing is learned."""
+    """The metrics of diagnostics, from a batch from which nothing is learned."""
     micro = micro_batch(LONG_AND_SHORT, [0.0] * 7)
     torch.manual_seed(0)
     student = Student(tiny_model(tiny_tokenizer()), HeadRule(), with_value=False)
@@ -535,7 +538,9 @@ READ = replace(make_rewards(LONG_AND_SHORT, [0, 1]), compressed=np.ones(2), repe
 
 
 def record() -> StepRecord:
-    """Step 4, by the weights of version 3: one chunk of 100 bytes with 7 response tokens."""
+    """The record of step 4 with weights of version 3: one chunk of 100 bytes and 7 response
+    tokens.
+    """
     plan = make_plan(LONG_AND_SHORT, step=3)
     reported = EngineStats(kv_use=0.5, running=2, prefix_queries=8, prefix_hits=2)
     headers = [replace(header(), nbytes=100, engine=reported)]
@@ -565,8 +570,8 @@ def record() -> StepRecord:
 
 
 def test_each_data_source_has_its_share_lengths_and_rewards():
-    """One prompt of a with responses of 6 and 1 tokens and rewards 1 and 0; two prompts of b with
-    responses of 1 token, of which one reward failed; none of c.
+    """Source a has one prompt with responses of 6 and 1 tokens and rewards 1 and 0; b has two
+    prompts with responses of 1 token, one of whose rewards failed; c has none.
     """
     of_a = replace(LONG_AND_SHORT, uids=("a/1@0",))
     of_b = replace(
@@ -621,7 +626,7 @@ def test_a_row_has_metrics_of_every_part_of_the_step():
 
 
 def everything() -> set[str]:
-    """Every key that some row has."""
+    """Every key that any row of metrics has."""
     saving = Saving()
     saving.start(1, lambda: None)
     saving.settle()

@@ -1,5 +1,5 @@
-"""Sampling ahead of learning: when prompts are drawn, which of them are drawn again, and which of
-them a checkpoint names.
+"""Sampling ahead of learning: when prompts are drawn, which are drawn again, and which are stored
+in a checkpoint.
 """
 
 import math
@@ -66,7 +66,7 @@ def drawn(prompts: list[Prompt], wave: str) -> list[PendingChunk]:
 
 
 class NoEngine:
-    """Stands for the engines of a run while none of them serves."""
+    """A stand-in for the engines of a run while none of them serves."""
 
     def generate(self, prompts, *, watch, **how):
         watch()
@@ -80,7 +80,7 @@ class NoEngine:
 
 
 class Recorder:
-    """Stands for Sampling, and records the waves that are drawn."""
+    """A stand-in for Sampling that records the waves that are drawn."""
 
     def __init__(self) -> None:
         self.waves: list[tuple[str, list[str]]] = []
@@ -114,8 +114,8 @@ def test_with_the_pipelined_schedule_two_further_steps_are_under_way_and_none_af
 
 
 def test_sampling_waits_while_the_waves_ahead_would_fill_the_store():
-    """Waves have 10 bytes, and that of the present step counts too: three fit into 30 bytes, two
-    into 29 or 20, and one into 19. The wave of the present step is always drawn.
+    """Waves have 10 bytes, and the wave of the present step counts too: three waves fit into 30
+    bytes, two into 29 or 20, and one into 19. The wave of the present step is always drawn.
     """
     for limit, ahead in ((30, 2), (29, 1), (20, 1), (19, 0), (9, 0)):
         made, _, _ = pipeline("schedule=pipelined", f"pipeline.max_inflight_bytes={limit}")
@@ -154,7 +154,7 @@ def test_a_stop_signal_ends_the_wait_for_the_worker_in_the_place_of_one_that_fai
 
 
 def test_further_waves_of_a_step_have_further_prompts_and_names_of_their_own():
-    """A run that draws again while too few groups are usable (algorithm.dynamic_sampling)."""
+    """With algorithm.dynamic_sampling a run draws again while too few groups are usable."""
     made, recorder, _ = pipeline()
     first = made.take(0)
     second = made.redraw(0)
@@ -175,8 +175,8 @@ def test_further_waves_of_a_step_have_further_prompts_and_names_of_their_own():
 def test_more_failed_rewards_than_reward_max_error_rate_end_a_run_that_learns_from_them(
     failed: int, learns: bool, refused: bool
 ):
-    """Of four responses in two chunks, and a rate of a quarter. The data's own responses, which no
-    function judges, do not count.
+    """There are four responses in two chunks, and the rate is a quarter. Responses of the data do
+    not count, because no function judges them.
     """
     values = [math.nan] * failed + [1.0] * (4 - failed)
     batch = make_batch([((1,), [(2,), (2,)])])
@@ -230,7 +230,7 @@ def test_every_engine_gets_a_chunk_however_large_chunks_may_be():
 
 
 def test_the_prompts_of_a_skipped_batch_stay_in_flight_until_a_step_is_made():
-    """Two prompts are drawn a step. The first batch is skipped: its first prompt returns to the
+    """Two prompts are drawn per step. The first batch is skipped: its first prompt returns to the
     source and is drawn again, and its second one stays in flight.
     """
     made, _, source = pipeline()
@@ -258,7 +258,7 @@ def alone():
 
 @pytest.mark.graph
 def test_a_chunk_goes_to_the_engine_with_the_fewest_tokens_to_do(alone):
-    """Idle engines take turns. Then engine 0 has 12 tokens to do and engine 1 none, so that three
+    """Idle engines take turns. Then engine 0 has 12 pending tokens and engine 1 none, so three
     chunks of 5 tokens go to engine 1 before the next one goes to engine 0.
     """
     load = EngineLoad(2)
@@ -272,7 +272,7 @@ def test_a_chunk_goes_to_the_engine_with_the_fewest_tokens_to_do(alone):
 
 
 class Fleet:
-    """Stands for the workers of a run; `then` is called for each worker that is lost."""
+    """A stand-in for the workers of a run; `then` is called for each worker that is lost."""
 
     def __init__(
         self,
@@ -292,7 +292,7 @@ class Fleet:
         return self.silent_call
 
     def lose(self, error: WorkerError, watch: Callable[[], None]) -> None:
-        watch()  # it waits for the new worker
+        watch()  # as the product does while it waits for the new worker
         self.silent_call = None
         self.lost.append(error.worker)
         self.then(error)
@@ -304,7 +304,7 @@ class Fleet:
         return pending(0)
 
     def again(self, chunk: Chunk, watch: Callable[[], None]) -> Chunk:
-        watch()  # it waits where no engine serves
+        watch()  # as the product does while no engine serves
         return replace(chunk, header=under_way("rollout/0"))
 
 
@@ -338,7 +338,7 @@ def sampled(headers: list[Pending]) -> list[PendingChunk]:
 
 @pytest.mark.graph
 def test_a_worker_that_is_silent_is_lost_although_no_call_of_it_is_awaited(alone):
-    """A call of another worker that is under way then gives neither a result nor an error."""
+    """The pending call of another worker then gives neither a result nor an error."""
     silent = replace(under_way("rollout/1"), call="ping", deadline_s=0.1)
     values, [lost] = settle([ended("x"), under_way("rollout/0")], lambda: silent)
     assert values == ["x", None] and isinstance(lost, WorkerTimeout) and lost.worker == "rollout/1"
@@ -348,7 +348,7 @@ def test_a_worker_that_is_silent_is_lost_although_no_call_of_it_is_awaited(alone
 
 @pytest.mark.graph
 def test_a_silent_worker_is_reported_with_the_ping_that_it_did_not_answer(alone):
-    """And not with the longer deadline of its other call, which would be the wrong one to raise."""
+    """The error names the ping, not its other pending call, whose deadline is longer."""
     ping = replace(under_way("rollout/0"), call="ping", deadline_s=0.25)
     first, second = outcomes([ended("x"), under_way("rollout/0")], lambda: ping)
     assert first == "x"
@@ -364,7 +364,9 @@ def test_of_several_calls_one_that_ends_is_waited_for_and_else_all_fail_at_the_d
 
 @pytest.mark.graph
 def test_the_waits_for_new_workers_end_with_what_their_watch_raises(alone):
-    """That of a fleet without an engine that serves, and that for a worker that is rebuilt."""
+    """These are the waits of a fleet that has no serving engine, and for a worker that is
+    rebuilt.
+    """
     group = SimpleNamespace(
         size=1,
         replace=lambda error: 0,
@@ -381,8 +383,8 @@ def test_the_waits_for_new_workers_end_with_what_their_watch_raises(alone):
 
 
 def one_is_silent() -> tuple[list[PendingChunk], Fleet]:
-    """Two chunks, of which one is done, and a fleet with a silent worker; the other chunk is done
-    once that is replaced.
+    """Two chunks, of which one is done, and a fleet with a silent worker. When this worker is
+    replaced, the other chunk is done too.
     """
     waited = sampled([ended("x"), under_way("rollout/0")])
 
@@ -401,7 +403,7 @@ def test_sampling_replaces_a_silent_worker_and_continues_to_wait(alone):
 
 @pytest.mark.graph
 def test_a_stop_signal_ends_the_wait_for_a_batch_and_not_that_of_an_evaluation(alone):
-    """The step before an evaluation is learned and has no row yet."""
+    """The step before an evaluation has been learned, but its row is not written yet."""
     waited, fleet = one_is_silent()
     with pytest.raises(Preempted):
         Sampling(settings(), fleet, stopped()).headers(waited)
@@ -411,7 +413,7 @@ def test_a_stop_signal_ends_the_wait_for_a_batch_and_not_that_of_an_evaluation(a
 
 @pytest.mark.graph
 def test_of_more_chunks_than_needed_those_of_a_dead_engine_do_not_count_as_done(alone):
-    """The first is sampled again; the second alone is done, and the others are stopped."""
+    """The first chunk is sampled again; only the second one is done, and the others are stopped."""
     waited, fleet = sampled([died("rollout/1"), ended("x"), under_way("rollout/0")]), Fleet()
     ray.wait([waited[0].chunk.header.ref], timeout=60)
     for d in waited:
@@ -457,8 +459,8 @@ def rewards(n: int) -> Rewards:
 
 
 def test_groups_with_a_token_that_is_too_old_are_left_out_and_come_again():
-    """At step 5 with max_staleness=1, version 3 is too old; one sequence of the second group has
-    it.
+    """At step 5 with max_staleness=1, version 3 is too old, and one sequence of the second group
+    has this version.
     """
     sampling = Sampling.__new__(Sampling)
     sampling.settings = settings(
@@ -482,7 +484,7 @@ def test_groups_with_a_token_that_is_too_old_are_left_out_and_come_again():
     ("overrides", "count"),
     [
         ([], 2),  # every group whose rewards are kept
-        (["algorithm=dpo", "algorithm.data_fraction=0"], 1),  # those with a best and a worst one
+        (["algorithm=dpo", "algorithm.data_fraction=0"], 1),  # groups with different rewards
     ],
 )
 def test_the_loss_is_averaged_over_pairs_where_pairs_are_ranked_and_over_groups_elsewhere(

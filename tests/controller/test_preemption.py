@@ -26,7 +26,7 @@ def test_a_signal_ends_a_run_at_once_while_it_starts_up(number: int, name: str):
         pytest.raises(Preempted, match=f"^ended by {name}; the same command continues$"),
         Preemption().listening(),
     ):
-        with suppress(Exception):  # Ray's calls make a SystemError of one
+        with suppress(Exception):  # Ray's calls turn exceptions of handlers into a SystemError
             os.kill(os.getpid(), number)
         pytest.fail("the start went on")
 

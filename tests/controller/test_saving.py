@@ -1,4 +1,4 @@
-"""The checkpoint that is written while the run goes on."""
+"""A checkpoint that is written in the background while the run continues."""
 
 import logging
 from threading import Event
@@ -58,7 +58,7 @@ def test_an_error_of_the_program_itself_ends_the_run():
 
 
 class Learner:
-    """Stands for the learner's group, which is asked for the files of a checkpoint without end."""
+    """A stand-in for the learner's group that never finishes the files of a checkpoint."""
 
     given_up: str | None = None
     give_up = LearnerGroup.give_up
@@ -77,7 +77,7 @@ class Learner:
 def test_a_run_that_is_ended_at_once_does_not_wait_for_the_thread_of_its_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Python waits for all threads at its end."""
+    """Python would otherwise wait for all threads when it exits."""
     monkeypatch.setattr("hybridrl.runtime.learner_group.gather", lambda calls, watch: [None])
     learner = Learner()
     saving = Saving()

@@ -1,4 +1,4 @@
-"""What the workers of each kind did in a step, joined over them."""
+"""The metrics of a step's work, aggregated over the workers of each kind."""
 
 from dataclasses import replace
 
@@ -58,7 +58,7 @@ def test_largest_values_are_of_one_engine_and_counts_are_over_all_of_a_kind():
 
 
 def test_the_slowest_worker_and_the_mean_of_a_kind_are_over_the_time_in_which_they_were_busy():
-    """rollout/0 made 300 tokens in 3 seconds, and rollout/1 100 tokens in 2 seconds."""
+    """rollout/0 generates 300 tokens in 3 seconds, and rollout/1 100 tokens in 2 seconds."""
     reports = [
         ("rollout/0", Work(tokens=100, busy_s=2.0, peak_bytes={"rollout": 5, "sync": 9})),
         ("rollout/0", Work(tokens=200, busy_s=1.0, peak_bytes={"rollout": 8})),
@@ -86,7 +86,9 @@ def worked(tokens: int) -> Work:
 
 
 def arrived(writer: str, work: Work | None, scorers: tuple[str, ...]) -> Arrived:
-    """A chunk of one response that the writer made and these workers score, a teacher each."""
+    """A chunk of one response by `writer`, scored by `scorers`, each of which serves one
+    teacher.
+    """
     batch = make_batch([((1,), [(2,)])])
     chunk = Chunk(order=None, prompts=(), header=called(writer), batch=called(writer))
     drawn = PendingChunk(
@@ -105,7 +107,7 @@ def test_each_report_has_the_name_of_the_worker_that_was_called_and_the_data_has
         arrived("rollout/1", worked(1), ("scorer-big/0", "scorer-small/0")),
         arrived("data/0", None, ("scorer-big/1", "scorer-small/0")),
     ]
-    # Teacher by teacher; the small one is a server, which measures nothing.
+    # The works are ordered by teacher; the small teacher is a server, which measures nothing.
     works = [worked(2), worked(3), None, None]
     scores = [replace(score("any", None), work=work) for work in works]
     stats = LearnerStats(
@@ -127,7 +129,7 @@ def test_each_report_has_the_name_of_the_worker_that_was_called_and_the_data_has
 
 
 def test_responses_of_the_data_took_no_time_and_are_no_part_of_how_long_responses_took():
-    """A student's took 1 and 2 s."""
+    """The student's responses took 1 and 2 s."""
     stats = LearnerStats(
         logprob_gap=None,
         token_kl=None,

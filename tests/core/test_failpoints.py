@@ -1,4 +1,4 @@
-"""Failpoints fire where and when a test sets them, and never otherwise."""
+"""Failpoints fire at the place and time that a test sets, and never otherwise."""
 
 import errno
 import subprocess

@@ -1,4 +1,4 @@
-"""Folders that appear with all their files, also in the place of others."""
+"""Folders that appear with all their files at once, and may replace other folders."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
 def test_an_empty_folder_is_filled_and_stays_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A volume cannot be renamed, and a shell may have it as its working directory."""
+    """A mounted volume cannot be replaced by renaming, and may be a shell's working directory."""
     folder = tmp_path / "volume"
     folder.mkdir()
     (tmp_path / "link").symlink_to(folder)

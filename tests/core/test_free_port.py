@@ -7,7 +7,9 @@ from hybridrl.core.free_port import PORTS, free_port
 
 
 def test_a_free_port_is_none_that_the_system_gives_to_other_processes():
-    """Such a port was once taken by another process before its server had started."""
+    """Otherwise another process could take the port before its server has started, as has
+    happened.
+    """
     limits = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
     given = range(int(limits[0]), int(limits[1]) + 1)
     assert free_port() not in given

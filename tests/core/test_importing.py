@@ -1,4 +1,4 @@
-"""Python's collector of cycles, while modules are imported."""
+"""Python's garbage collector is off while modules are imported."""
 
 import gc
 import weakref
@@ -12,7 +12,7 @@ from hybridrl.runtime.host import build
 
 
 class Node:
-    """An object in a cycle with itself, which only the collector frees."""
+    """An object that refers to itself, so that only the garbage collector can free it."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -22,7 +22,7 @@ class Node:
 def unfrozen() -> Iterator[None]:
     yield
     gc.unfreeze()
-    gc.freeze()  # as tests/conftest.py left it
+    gc.freeze()  # restores the state that tests/conftest.py has set
 
 
 def test_nothing_is_collected_in_the_block_and_what_was_made_in_it_stays_afterwards():

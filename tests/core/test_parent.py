@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, by killing it."""
+"""Processes end when their parent is killed."""
 
 import multiprocessing
 import time
@@ -15,7 +15,7 @@ LONG_S = 120.0
 def outlive(end: Connection) -> None:
     end_with_parent()
     end.send("running")
-    if end.poll(4 * LONG_S):  # longer than the test waits for its end
+    if end.poll(4 * LONG_S):  # longer than the test waits for this process to end
         end.send(f"still running after {end.recv()}")
 
 
@@ -41,7 +41,7 @@ def test_a_process_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(VARIABLE, "1")
     child = started()
     assert child.poll(LONG_S)
-    with pytest.raises(EOFError):  # no process has the other end any more
+    with pytest.raises(EOFError):  # no process holds the other end of the connection any more
         child.recv()
 
 

@@ -1,4 +1,4 @@
-"""The peak of each phase, from readings that one can follow by hand and from real memory."""
+"""The peak memory of each phase, from a few given readings and from real memory."""
 
 import mmap
 
@@ -11,12 +11,12 @@ from hybridrl.core.peak_memory import PeakMemory, resident_peak
 def test_a_phase_has_the_largest_reading_while_it_was_under_way():
     readings = iter([1, 30, 20, 40, 2, 5])
     memory = PeakMemory(lambda: next(readings))
-    with memory.phase("rollout"):  # 1 is of the time before it
-        with memory.phase("sync"):  # 30 is of rollout alone
-            pass  # 20 is of both
-        with memory.phase("rollout"):  # within itself: nothing is read
+    with memory.phase("rollout"):  # reads 1, the peak before it
+        with memory.phase("sync"):  # reads 30, a peak of rollout alone
+            pass  # reads 20 at its end, a peak of both phases
+        with memory.phase("rollout"):  # nested in itself: nothing is read
             pass
-    assert memory.take() == {"rollout": 40, "sync": 20}  # 2 is of no phase
+    assert memory.take() == {"rollout": 40, "sync": 20}  # reads 2, a peak of no phase
     assert memory.take() == {}
 
 
@@ -37,7 +37,7 @@ def test_a_phase_that_fails_counts_too():
 
 
 def test_resident_memory_has_its_peak_also_after_it_was_given_back():
-    """64 MB of pages that are mapped during the phase alone; malloc may keep what is freed."""
+    """64 MB of pages are mapped only during the phase; malloc would not give them back for sure."""
     memory = PeakMemory.of_device("cpu")
     with memory.phase("learn"), mmap.mmap(-1, 64_000_000) as pages:
         for page in range(0, 64_000_000, mmap.PAGESIZE):

@@ -186,7 +186,9 @@ def test_an_option_with_a_plain_value_is_accepted_and_written_as_it_is(option: s
 
 
 def ordinary_options() -> set[str]:
-    """Option names of our reward functions and generators, and of a typical judge's client."""
+    """The option names of our reward functions and generators, and of a typical client of a
+    judge.
+    """
     rewards = {
         name for path in BUILT_IN.values() for name in signature_of(resolve_name(path)).accepted
     }
@@ -217,7 +219,7 @@ PEM = "-----BEGIN KEY-----\nMIIEvgIBADANBgkqhkiG9w0B\nAQEFAASCBKgwggSkAgEAAoIB\n
 
 
 def form(value: str) -> dict[str, str]:
-    """The value as other programs write it, by the name of the form."""
+    """The value in the forms in which other programs write it, by the name of the form."""
     basic = base64.b64encode(f"user:{value}".encode()).decode()
     return {
         "repr": repr(value),
@@ -342,7 +344,9 @@ def test_the_teachers_levels_name_the_judges_options_by_their_sha256(
 def test_a_secret_that_is_masked_in_a_runs_saved_settings_must_be_given_once_more(
     environment: None, tmp_path: Path
 ):
-    """So must an address with a password, as an earlier version took it from the command."""
+    """This also holds for an address with a password, which earlier versions took from the
+    command.
+    """
     text = to_yaml(load_config([*BASE, *JUDGE])).replace("https://host/x", "https://***@host/x")
     (tmp_path / "config.yaml").write_text(text)
     key = "reward.functions.judge.options.api_key='${oc.env:JUDGE_API_KEY}'"
@@ -535,7 +539,7 @@ def test_a_workers_environment_holds_only_the_secrets_that_it_needs(environment:
 
 
 def log_of_worker(program: str, folder: Path) -> str:
-    """What a process writes into the log file that the program receives as its argument."""
+    """Run a program in a new process; returns what it writes to the log file, its argument."""
     root = Path(__file__).parent.parent.parent
     log = folder / "w.log"
     subprocess.run(

@@ -1,4 +1,4 @@
-"""A run continues without its terminal, and no file gets a standard descriptor."""
+"""A run continues without its terminal, and no file is opened with a standard descriptor."""
 
 import io
 import os
@@ -27,7 +27,9 @@ print("another line", flush=True)
 
 
 def run(tmp_path: Path, before: str = "", after: str = "") -> tuple[int, str]:
-    """The exit status of PROGRAM in a shell, and the content of its file: the file's descriptor."""
+    """Run PROGRAM in a shell; returns its exit status, and the descriptor that it got for a
+    file.
+    """
     (tmp_path / "program.py").write_text(PROGRAM)
     file = tmp_path / "file"
     command = f"{before} {sys.executable} {tmp_path / 'program.py'} {file} {after}"

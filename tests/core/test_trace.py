@@ -1,4 +1,4 @@
-"""A trace has each span of each process once, in a form that Perfetto opens."""
+"""A trace has each span of each process once, in a form that Perfetto can open."""
 
 import json
 from contextlib import ExitStack
@@ -17,12 +17,12 @@ FIELDS = {
     "b": {"name", "cat", "ph", "pid", "tid", "ts", "id2"},
     "e": {"name", "cat", "ph", "pid", "tid", "ts", "id2"},
 }
-"""The fields of each kind of event, by Chrome's trace event format."""
+"""The fields that each kind of event has in Chrome's trace event format."""
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The time of each reading, in microseconds."""
+    """The list of times in microseconds that the readings of the clock will return."""
     times: list[int] = []
     monkeypatch.setattr(trace, "now_us", lambda: times.pop(0))
     return times
@@ -87,8 +87,8 @@ def test_the_whole_trace_names_each_process_and_counts_from_the_first_event(
 def test_every_worker_with_spans_is_a_process_of_its_own_that_has_a_name(
     tmp_path: Path, clock: list[int]
 ) -> None:
-    """The rules by which Perfetto assigns a span to a process: it has no rows of the idle process
-    (pid 0, tid 0), and spans that overlap belong to a process only if their id is local to it.
+    """Perfetto assigns a span to a process by these rules: it shows nothing of the idle process
+    (pid 0, tid 0), and overlapping spans belong to a process only if their id is local to it.
     """
     clock += [0, 1, 2, 3, 4, 5]
     for name, coroutines in (("driver", False), ("rollout-0", True), ("rollout-1", True)):

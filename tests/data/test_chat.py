@@ -1,6 +1,5 @@
-"""Chat templates in the forms that models ship.
-
-The model reads and learns all texts of a row, or there is an error.
+"""Chat templates in the forms that models ship: the model reads and learns all texts of a row, or
+there is an error.
 """
 
 import json
@@ -108,14 +107,14 @@ SHORT_THINK = """\
 {{- m.content }}<|im_end|>
 {% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"""
-"""Opens the turn with <think> and a line break, and writes <think> without one."""
+"""This template opens a turn with <think> and a line break, but writes <think> without one."""
 
 ENDS_TWICE = """\
 {%- for m in messages %}
   {%- if m.role == 'assistant' %}<|assistant|>{% endif %}{{ m.content }}<|im_end|>{{ '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"""
-"""Ends the turn, and then the conversation with another token."""
+"""This template ends a turn with one token, and the conversation with another one."""
 
 SPLITS = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
 
@@ -139,7 +138,9 @@ SPECIAL = (
 
 
 def make_tokenizer(template: str | None, *, eos: str = "</s>") -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character and some special ones; <s> precedes a plain text."""
+    """A tokenizer with one token per character and some special ones; it puts <s> before plain
+    text.
+    """
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *string.printable))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")

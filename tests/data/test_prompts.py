@@ -21,7 +21,7 @@ from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.settings.run import DataConfig
 from hybridrl.types import Prompt
 
-ROOM = 48  # largest number of tokens of a prompt
+ROOM = 48  # the largest number of tokens in a prompt
 
 
 def value_and_numbers(text: str) -> tuple[int, list[int]]:
@@ -63,7 +63,7 @@ def problem(prompt: object, *responses: str) -> Problem:
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
-    """A conversation that a user begins."""
+    """The messages of a conversation between user and assistant, which the user begins."""
     return [
         {"role": ("user", "assistant")[i % 2], "content": content}
         for i, content in enumerate(contents)
@@ -331,7 +331,7 @@ def test_parquet_rows_are_read_like_lines(tmp_path: Path) -> None:
 
 
 def test_tool_calls_of_parquet_rows_have_no_fields_of_other_rows(tmp_path: Path) -> None:
-    """A table fills what a row lacks with null, which a chat template would write."""
+    """A table fills missing fields of a row with null, which a chat template would write out."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path = str(tmp_path / "a.parquet")

@@ -23,14 +23,14 @@ UTF8 = LINES.encode()
 
 
 def write(folder: Path, name: str, content: bytes | str) -> str:
-    """The path of a new file."""
+    """Write a file; returns its path."""
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
 
 
 def refusal(folder: Path, name: str, content: bytes | str, **columns: str | None) -> str:
-    """The error message about a file, without the folder's name."""
+    """The error message about a file with this content, without the folder's name."""
     with pytest.raises(DataError) as caught:
         load(write(folder, name, content), "train", None, columns)
     message = str(caught.value)
@@ -39,7 +39,7 @@ def refusal(folder: Path, name: str, content: bytes | str, **columns: str | None
 
 
 def chat(*contents: str) -> list[dict[str, str]]:
-    """A conversation that a user begins."""
+    """The messages of a conversation between user and assistant, which the user begins."""
     return [
         {"role": ("user", "assistant")[i % 2], "content": content}
         for i, content in enumerate(contents)
@@ -348,8 +348,8 @@ def test_a_datasets_row_that_cannot_be_converted_is_named(tmp_path: Path) -> Non
 def test_columns_of_mixed_types_are_values_and_not_their_json(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In a folder of data files; the library stores such columns as JSON texts, for which "2" and 2
-    are the same.
+    """This is about a folder of data files. The library stores such columns as JSON text, in which
+    it does not distinguish "2" from 2.
     """
     pytest.importorskip("datasets")
     (tmp_path / "rows").mkdir()
@@ -367,7 +367,7 @@ def test_columns_of_mixed_types_are_values_and_not_their_json(
 
 
 def test_messages_and_tools_of_a_table_have_no_keys_of_other_rows(tmp_path: Path) -> None:
-    """Where `save_to_disk` wrote it, as in Parquet."""
+    """This holds for a table that `save_to_disk` wrote as for one in Parquet."""
     datasets = pytest.importorskip("datasets")
 
     def called(name: str, arguments: dict[str, int]) -> list[dict]:

@@ -1,4 +1,6 @@
-"""Several sources of prompts: what each gives, whose turn it is, and the cursor over them."""
+"""Several sources of prompts: the share and order of each, and the cursor that a checkpoint
+stores.
+"""
 
 import json
 from collections import Counter
@@ -28,7 +30,7 @@ def rows_file(path: Path, *rows: object) -> str:
 
 
 def prompts(**sizes: int) -> list[Prompt]:
-    """So many prompts of each source, e.g. a/0, a/1, b/0."""
+    """A number of prompts of each source, e.g. a/0, a/1, b/0."""
     return [
         Prompt(uid=f"{name}/{i}", input_ids=(1,), text="", columns={})
         for name, size in sizes.items()
@@ -102,7 +104,9 @@ def test_each_source_has_its_share_of_any_number_of_turns_to_within_one(
 
 
 def test_weights_count_as_they_are_written() -> None:
-    """In binary 0.1 is slightly more than a tenth; ten turns have exactly one of it."""
+    """In binary, 0.1 is slightly more than a tenth, but ten turns have exactly one of its
+    source.
+    """
     taken = Turns({"a": 0.1, "b": 0.9})
     assert Counter(taken.next() for _ in range(1000)) == {"a": 100, "b": 900}
 
@@ -115,7 +119,9 @@ def mixture(seed: int = 0, **weights: float) -> PromptMixture:
 
 
 def test_each_source_has_epochs_and_an_order_of_its_own() -> None:
-    """Of 12 prompts 9 are of a, three epochs of 3, and 3 of b, less than one epoch of 4."""
+    """Of 12 prompts, 9 are from a, which are three epochs of 3, and 3 are from b, less than one
+    epoch of 4.
+    """
     drawn = [p.uid for p in mixture().next_batch(12)]
     assert [source_of(uid) for uid in drawn] == list("aabaaabaaaba")
     of_a = [uid for uid in drawn if source_of(uid) == "a"]
@@ -159,7 +165,9 @@ def test_a_checkpoint_of_other_sources_is_refused() -> None:
 
 
 def test_with_other_weights_shares_are_counted_from_the_checkpoint_on() -> None:
-    """After 8 prompts, 6 of a, both weigh the same: b does not catch up the 2 that it is behind."""
+    """After 8 prompts, 6 of them from a, the weights become equal; b does not catch up on the
+    earlier difference.
+    """
     before = mixture()
     before.next_batch(8)
     after = mixture(a=1, b=1)
@@ -307,7 +315,9 @@ def test_the_name_of_a_source_is_a_plain_word(name: str) -> None:
 
 
 def test_a_dry_run_lists_share_prompts_passes_and_judges_of_each_source() -> None:
-    """Of 20 steps with 8 prompts, 120 prompts are of a, which has 6, and 40 of b, which has 4."""
+    """In 20 steps with 8 prompts, 120 prompts are from a, which has 6, and 40 from b, which has
+    4.
+    """
     settings = load_config(
         [
             "experiment=quickstart",

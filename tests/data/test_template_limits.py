@@ -45,7 +45,7 @@ def test_a_template_that_runs_forever_is_interrupted(template: str):
 
 @pytest.fixture
 def alarms() -> Iterator[list[int]]:
-    """The signals of the timer that arrive while a test runs, whose own time limit is on hold."""
+    """The timer signals that arrive during a test; the test's own time limit is suspended."""
     arrived: list[int] = []
     before = signal.signal(signal.SIGALRM, lambda number, frame: arrived.append(number))
     delay, interval = signal.setitimer(signal.ITIMER_REAL, 0)

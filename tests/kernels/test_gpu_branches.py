@@ -1,6 +1,6 @@
-"""What the head pass does on a GPU alone, on the CPU: tensors that report to be on a GPU, and
-float32 sums of bfloat16 products from float32 factors. Such products are exact, so the substitute
-differs from a GPU by the order of its sums alone.
+"""The branches of the head pass that only run on a GPU, executed on the CPU: tensors claim to be on
+a GPU, and float32 sums of bfloat16 products are computed from float32 factors. These products are
+exact, so the substitute differs from a GPU only in the order of its sums.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,9 @@ from tests.support.batches import token_columns
 
 
 class OnGpu(TorchFunctionMode):
-    """Tensors report to be on a GPU, and products accept `out_dtype`, which has no CPU kernel."""
+    """Makes tensors claim to be on a GPU, and products accept `out_dtype`, which has no CPU
+    kernel.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +47,9 @@ def test_torch_has_the_products_whose_sums_are_of_another_dtype():
 
 
 def loss_and_gradients(chunk: int, *, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of six rows with 16 tokens, in the dtype of `like`."""
+    """Loss and both gradients for six rows and a vocabulary of 16 tokens, in the dtype of
+    `like`.
+    """
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -69,7 +73,7 @@ def loss_and_gradients(chunk: int, *, like: Tensor) -> tuple[Tensor, Tensor, Ten
 def test_the_head_pass_of_a_gpu_gives_what_fp64_gives_from_the_same_numbers(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """Four rows and then two: the second chunk is added to the gradient of the first."""
+    """With chunks of four and two rows, the second chunk is added to the gradient of the first."""
     monkeypatch.setattr(rows.importlib.util, "find_spec", lambda name: None)
     exact = loss_and_gradients(chunk, like=torch.zeros((), dtype=torch.float64))
     with OnGpu() as gpu:
@@ -83,7 +87,7 @@ def test_the_head_pass_of_a_gpu_gives_what_fp64_gives_from_the_same_numbers(
 def test_rows_of_a_gpu_are_worked_on_by_triton_where_all_teachers_are_hidden(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """tests/kernels/test_triton_rows.py has what Triton computes."""
+    """tests/kernels/test_triton_rows.py tests what Triton computes."""
     monkeypatch.setattr(triton_rows, "row_gradients", lambda rule, dtype, *rest: (*rest, *range(8)))
     logits = torch.zeros(2, 5)
     with OnGpu():

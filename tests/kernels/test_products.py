@@ -1,4 +1,4 @@
-"""The dtype of matrix products: which one is chosen, and how exact wide ones are."""
+"""The dtype of matrix products: which one is chosen, and how exact float32 products are."""
 
 import copy
 
@@ -91,8 +91,8 @@ def test_a_wide_layer_gives_the_bf16_numbers_that_are_next_to_the_exact_product(
     exact = copy.deepcopy(layer).double()
     for got, expected in zip(gradients(wide, x), gradients(exact, x.double()), strict=True):
         assert got.dtype is torch.bfloat16
-        # Half a unit of the last of 8 bits, and as much again for the addition of the bias and the
-        # rounding of the gradient that arrives.
+        # Half a unit in the last of 8 bits, and as much again for the addition of the bias and the
+        # rounding of the incoming gradient.
         assert float((got.double() - expected).norm() / expected.norm()) < 2**-8
 
 

@@ -1,4 +1,4 @@
-"""Compiled rows compared with eager ones, their graphs and memory, and logits in bf16."""
+"""Compiled row computations compared with eager ones, their graphs and memory, and bf16 logits."""
 
 import weakref
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ WIDTH = 32
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Fix the order of sums."""
+    """Run with one thread, which fixes the order of sums."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +43,7 @@ def leaves(num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def terms_of(num_rows: int) -> TokenColumns:
-    """Token terms with costs of both signs; the second token has weight 0."""
+    """Token columns with costs of both signs; the second token has weight 0."""
     weight = torch.full((num_rows,), 1 / num_rows)
     weight[1] = 0.0
     return token_columns(
@@ -55,7 +55,7 @@ def terms_of(num_rows: int) -> TokenColumns:
 
 
 def hidden_teacher(num_rows: int, seed: int = 5, width: int = WIDTH) -> HiddenTeacher:
-    """The weights of a teacher that does not score the first token, whose values are nonsense."""
+    """A teacher that does not score the first token, for which its hidden state is meaningless."""
     weight = torch.full((num_rows,), 0.5)
     weight[0] = 0.0
     hidden = normal(seed, num_rows, width)
@@ -98,7 +98,7 @@ def results(
     terms: TokenColumns,
     rule: HeadRule,
 ) -> list[Tensor]:
-    """Gradients, loss and every statistic."""
+    """The gradients, the loss and every statistic of the head pass."""
     hidden = hidden.detach().requires_grad_()
     lm_head = lm_head.detach().requires_grad_()
     loss, stats = hybrid_head_loss(hidden, lm_head, teachers, terms, rule)
@@ -116,7 +116,7 @@ def results(
 
 
 def widened(*values: Tensor | Teacher | TokenColumns):
-    """The results in fp64, which is never compiled."""
+    """The values in fp64, for which the head pass is never compiled."""
     for value in values:
         if isinstance(value, Tensor):
             yield value.detach().double()
@@ -258,7 +258,9 @@ def test_what_a_piece_was_worked_out_from_is_gone_before_the_next_one_is_begun()
 
 
 def nearly_equal(dtype: torch.dtype) -> tuple[Tensor, Tensor, HiddenTeacher, TokenColumns]:
-    """A student near its teacher, with logits so large that bf16 rounds them coarsely."""
+    """The inputs of a student near its teacher, with logits so large that bf16 rounds them
+    coarsely.
+    """
     hidden = (6 * normal(0, 8, WIDTH)).to(dtype)
     lm_head = (normal(1, VOCABULARY, WIDTH) / WIDTH**0.5).to(dtype)
     away = (hidden.float() * (1 + 0.02 * normal(11, 8, WIDTH))).to(dtype)

@@ -1,6 +1,6 @@
-"""What torch_internals.py uses of torch's compiler is as it was read.
+"""The internals of torch's compiler that torch_internals.py uses are unchanged.
 
-Where the first test fails after an upgrade, read what hybridrl/kernels/torch_internals.py and
+If the first test fails after an upgrade, read the code that hybridrl/kernels/torch_internals.py and
 tests/support/torch_graphs.py list again, then change VERSION.
 """
 
@@ -79,7 +79,7 @@ def test_a_graph_does_not_depend_on_the_sizes_and_numbers_of_an_earlier_one(
     for scale, columns in ((1.0, 16), (0.5, 4), (0.25, 2)):
         ids = torch.zeros(3, columns, dtype=torch.long)
         assert of(scale)(torch.ones(3, 20), ids).tolist() == [[scale] * columns] * 3
-    # One graph for each, whose inputs are x and ids alone and of a fixed width.
+    # There is one graph for each, whose only inputs are x and ids, with a fixed width.
     assert graphs == [[(20,), (16,)], [(20,), (4,)], [(20,), (2,)]]
 
 

@@ -1,4 +1,4 @@
-"""The Triton rows in Triton's interpreter, in a new process, as it is chosen at import."""
+"""The Triton kernels in Triton's interpreter, in a new process, because import selects it."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_the_triton_rows_give_what_fp64_gives_for_every_divergence_and_number_of
     cases = json.loads(done.stdout)
     assert len(cases) == 11
     narrow = cases.pop("bf16")
-    assert narrow.pop("gradient") < 4e-3  # a rounding to 8 bits
+    assert narrow.pop("gradient") < 4e-3  # one rounding to 8 bits
     for case, errors in {**cases, "bf16": narrow}.items():
         assert errors.get("bounded", 0.0) == 0.0, case
         assert all(e < 3e-6 for e in errors.values()), (case, errors)

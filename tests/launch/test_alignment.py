@@ -1,5 +1,5 @@
-"""A base model as student and an instruct model as teacher: what is refused, what aligns them, and
-what the data, the run directory and an export make of it.
+"""A base model as student and an instruct model as teacher: which settings are refused, which align
+the two, and the effect on data, run directory and export.
 """
 
 import json
@@ -25,7 +25,7 @@ from tests.support.pairs import END, EOS, TEMPLATE, TURN, instruct_tokenizer, pa
 from tests.support.pairs import save_pair as save_models
 
 ONE, TWO, THREE, EQUALS, BOS = 5, 6, 7, 21, 1
-"""Tokens of "1", "2", "3" and "=", and the one that begins a text."""
+"""The tokens of "1", "2", "3" and "=", and the token that begins a text."""
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_warning_names_the_end_of_the_turn_at_which_generation_does_not_stop(
 
 
 def chat(text: Sequence[int], *, thinks: bool = False) -> tuple[int, ...]:
-    """The user's message as the instruct model's template writes it."""
+    """The tokens of a user's message in the form of the instruct model's template."""
     return (TURN, *text, END, TURN, *([] if thinks else [EQUALS]))
 
 

@@ -1,4 +1,4 @@
-"""A conversation: what the model reads of it, its commands, and Ctrl-C."""
+"""`hybridrl chat`: the text that the model reads, the commands, and Ctrl-C."""
 
 import io
 import os
@@ -24,7 +24,9 @@ CTRL_C = "ctrl-c"
 
 
 class Parrot:
-    """Answers with pieces that are given; Ctrl-C is pressed before the piece after CTRL_C."""
+    """A model that answers with given pieces of text; CTRL_C in them stands for a press of
+    Ctrl-C.
+    """
 
     def __init__(self, *answers: Sequence[str]) -> None:
         self.answers = list(answers)

@@ -147,7 +147,7 @@ def test_a_dashboard_bound_wide_without_a_token_fails(
 def answering(
     status: int, prepare: Callable[[HTTPServer], None] = lambda server: None
 ) -> Iterator[int]:
-    """A local server that answers every request with `status`; yields its port."""
+    """Run a local server that answers every request with `status`; yields its port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -283,7 +283,9 @@ def test_the_dashboards_of_a_machine_are_found_by_their_commands(tmp_path: Path)
 
 
 def test_every_model_and_data_set_of_the_settings_is_looked_for():
-    """A reward function beside two teachers on servers, each with a tokenizer; and without any."""
+    """The settings have a reward function and two teachers on servers, each with a tokenizer; or
+    none of these.
+    """
     served = [
         *(f"++teachers.{name}.url=http://127.0.0.1:1/v1" for name in ("main", "other")),
         *(f"++teachers.{name}.path=null" for name in ("main", "other")),
@@ -344,7 +346,7 @@ def test_a_containers_limits_count_where_they_are_lower_than_the_machine(tmp_pat
     [
         ("model", 400.0, 100.0, Level.ok, "chooses model"),
         ("float32", 155.0, 253.0, Level.ok, "chooses float32"),
-        ("float32", 110.0, 100.0, Level.ok, "chooses float32"),  # 1.1 is no loss to speak of
+        ("float32", 110.0, 100.0, Level.ok, "chooses float32"),  # a factor of 1.1 is negligible
         ("model", 100.0, 130.0, Level.warn, "set train.products=float32 for bfloat16 models"),
         ("float32", 130.0, 100.0, Level.warn, "set train.products=model for bfloat16 models"),
     ],
@@ -377,7 +379,7 @@ def test_missing_bytecode_that_cannot_be_written_is_a_warning_with_the_command(
 def test_each_finding_is_printed_before_the_next_one_is_sought(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    """Loading torch and vLLM takes a while; earlier findings are printed meanwhile."""
+    """Earlier findings are printed before torch and vLLM are loaded, which takes a while."""
     shown: list[str] = []
 
     def findings(run_dir: Path) -> Iterator[Finding]:

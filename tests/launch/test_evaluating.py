@@ -1,4 +1,4 @@
-"""The table of `hybridrl eval`, from rows as its files have them."""
+"""The table of `hybridrl eval`, made from rows in the form of its files."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ MIXED = [
     row("sums/heldout-000000", [16, 2], style=[0.0, 0.0]),
     row("math/heldout-000001", [4, 6], exact=[1.0, 1.0], style=[0.0, 0.0]),
 ]
-"""Of two sources: `exact` judges those of math, `style` those of sums."""
+"""Rows of two sources; answers of math are judged by `exact`, those of sums by `style`."""
 
 
 def test_each_source_of_a_set_has_statistics_of_its_own():

@@ -1,4 +1,4 @@
-"""Faults in the program as a user runs it, each in a tiny run; `tools/chaos` has all of them."""
+"""Some faults in tiny runs of the command, as a user starts it; `tools/chaos` causes all faults."""
 
 import os
 import signal
@@ -36,7 +36,9 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @contextmanager
 def training(overrides: list[str], run_dir: Path, points: str = "") -> Iterator[subprocess.Popen]:
-    """`hybridrl train`, with failpoints; killed if the block ends before it does."""
+    """Run `hybridrl train` with failpoints; it is killed if it still runs at the end of the
+    block.
+    """
     env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", VARIABLE: points}
     command = [sys.executable, "-m", "hybridrl.cli", "train", *overrides, f"run.dir={run_dir}"]
     with subprocess.Popen(
@@ -49,7 +51,9 @@ def training(overrides: list[str], run_dir: Path, points: str = "") -> Iterator[
 
 
 def outcome(run_dir: Path) -> dict[str, object]:
-    """What equal runs have in common: learner state, ledger, and metrics without times."""
+    """The results that must be equal in equal runs: learner state, ledger, metrics without
+    times.
+    """
     folder = run_dir / "checkpoints" / f"step_{STEPS:06d}"
     state = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     varying = (*OF_THE_MACHINE, "cluster/restarts")
@@ -69,7 +73,7 @@ def outcome(run_dir: Path) -> dict[str, object]:
 def undisturbed(
     overrides: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, object]:
-    """The run without a fault."""
+    """The outcome of the run without a fault."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     with training(overrides, run_dir) as process:
         output, _ = process.communicate(timeout=300)
@@ -80,10 +84,9 @@ def undisturbed(
 def test_a_run_that_loses_its_learner_and_is_stopped_equals_a_run_without_a_fault(
     overrides, undisturbed, tmp_path
 ):
-    """The learner dies in the fourth step, and the run goes back to its checkpoint of step 2.
-
-    After SIGTERM in the third step it saves that step and exits with 75, and the same command
-    continues.
+    """The learner dies in the fourth step, and the run goes back to its checkpoint of step 2. After
+    SIGTERM in the third step the run saves that step and exits with status 75, and the same command
+    then continues it.
     """
     once = tmp_path / "fired"
     with training(

@@ -23,25 +23,25 @@ ROWS = (
     '{"train/step": 10, "eval/accuracy": 0.5, "eval/accuracy_stderr": 0.03, "reward/mean": 0.4}',
     '{"train/step": 20, "eval/accuracy": 0.75, "eval/accuracy_stderr": 0.01}',
 )
-"""Of a run whose checkpoint is of step 10."""
+"""The metrics of a run whose checkpoint is of step 10."""
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
-    """A running hub that the command uses, with a token that it accepts."""
+    """Run a stand-in for the hub, to which the command connects with a token that is accepted."""
     monkeypatch.setenv("HF_TOKEN", "hf_good0123456789")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not that of LFS
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol differs from LFS
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    huggingface_hub.close_session()  # of another test, with other variables
+    huggingface_hub.close_session()  # it may be of another test with other variables
     with running(LocalHub()) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         yield hub
 
 
 def save_run(run_dir: Path, *overrides: str) -> Path:
-    """A run with metrics and a checkpoint of step 10."""
+    """Write the directory of a run with metrics and a checkpoint of step 10."""
     save_checkpoint(run_dir, *overrides)
     (run_dir / METRICS).write_text("\n".join(ROWS) + "\n")
     return run_dir

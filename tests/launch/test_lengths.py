@@ -1,4 +1,4 @@
-"""The proposal for a run without rollout.max_new_tokens and rollout.max_model_len."""
+"""The lengths that are proposed for a run without rollout.max_new_tokens and max_model_len."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def needs(prompt: int, answer: int, whole: int = 0) -> Needs:
             (None, None),
             (640, 960, False),
         ),  # a prompt and response of 900 tokens fit too
-        (needs(18, 9), 64, (None, None), (46, 64, False)),  # all that the model has room for
+        (needs(18, 9), 64, (None, None), (46, 64, False)),  # all positions of the model
         (needs(60, 9), 64, (None, None), (9, 64, True)),  # rows that leave no room for the answer
         (needs(500, 90), 64, (None, None), (32, 64, True)),  # half of the positions
         (needs(100, 9), 4096, (512, None), (512, 640, False)),
@@ -50,7 +50,7 @@ def needs(prompt: int, answer: int, whole: int = 0) -> Needs:
             1024,
             (2048, None),
             (256, 384, False),
-        ),  # what leaves no room is offered anew
+        ),  # a given length that leaves no room is replaced
     ],
 )
 def test_lengths_are_offered_that_hold_the_data_within_the_models_positions(

@@ -1,4 +1,6 @@
-"""What a command names as a model: runs, their checkpoints, exports and teachers, and folders."""
+"""The models that a command can name: runs, their checkpoints, exports and teachers, and
+folders.
+"""
 
 import shutil
 from pathlib import Path
@@ -62,7 +64,7 @@ def test_a_model_of_no_run_has_the_default_settings_or_those_of_a_run(run: Path)
 
 
 def test_an_end_token_is_that_of_the_command_or_of_the_model_of_the_settings():
-    """Not that of the settings for another model, to which it may not belong."""
+    """The end token of the settings is not used for another model, which may not have it."""
     student = "builtin:countdown-student"
     assert find_model(student, ["model.eos=3"]).settings.model.eos == "3"
     settings = load_config(["experiment=quickstart", "run.dir=x", "model.eos=3"])
@@ -75,7 +77,7 @@ def test_an_end_token_is_that_of_the_command_or_of_the_model_of_the_settings():
 def test_the_folder_of_the_settings_has_their_end_token_however_it_is_spelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """Another model has its own, and a line says so."""
+    """Another model uses its own end token, and a line of the log says so."""
     monkeypatch.chdir(tmp_path)
     for name in ("base", "other"):
         shutil.copytree(resolve("builtin:countdown-student"), tmp_path / name)
@@ -90,7 +92,7 @@ def test_the_folder_of_the_settings_has_their_end_token_however_it_is_spelled(
 
 
 def test_each_export_of_a_step_has_results_of_its_own(run: Path):
-    """An export may also have a name without a step."""
+    """The name of an export may also lack a step."""
     names = ("step_000010-bfloat16", "final")
     for name in names:
         export_checkpoint(run, run / "export" / name, step="10")
@@ -110,7 +112,7 @@ def test_a_teacher_with_an_engine_of_its_own_is_sampled_by_one_like_it(run: Path
 
 
 def test_for_the_prompts_of_a_file_the_data_sources_of_a_run_are_left_out(tmp_path: Path):
-    """While the held-out problems of the run are those of its sources."""
+    """The held-out problems of the run, in contrast, come from its sources."""
     run_dir = tmp_path / "run"
     sources = "+data.sources={a: {task: countdown, weight: 3}, b: {task: countdown}}"
     save_checkpoint(run_dir, sources, "data.num_train=4", "data.num_heldout=2")

@@ -1,4 +1,4 @@
-"""A job has the workers of the job before it, or others where one of those was lost."""
+"""A job reuses the workers of the previous job, unless one of them was lost."""
 
 import os
 import signal
@@ -29,21 +29,21 @@ LIGHT = {
     RewardGroup: "Judge",
     LearnerGroup: "Learner",
 }
-"""Workers of tools/bench that compute nothing, for the real groups."""
+"""The workers of tools/bench, which compute nothing, for the real groups."""
 
 
 @pytest.mark.graph
 def test_a_job_whose_workers_were_lost_before_it_begins_with_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    """The engine is killed after the job before."""
+    """The engine is killed after the previous job."""
     for group, worker in LIGHT.items():
         monkeypatch.setattr(group, "worker", f"benchmarks.fake_workers:{worker}")
     settings = settings_of(f"run.dir={tmp_path}", "eval.teacher=false")
     preemption = Preemption()
     with ExitStack() as stack:
         stack.enter_context(importable_benchmarks())
-        stack.enter_context(Cluster(settings))  # one Ray for both sets of workers
+        stack.enter_context(Cluster(settings))  # both sets of workers share one Ray
         holder = stack.enter_context(WarmWorkers())
         cluster = holder.cluster(settings)
         slots = place_workers(settings, cluster)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.graph
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadableModel:
-    """The newest checkpoint of a run on Countdown, whose waves are of four prompts."""
+    """The newest checkpoint of a run on Countdown, with settings for waves of four prompts."""
     run_dir = tmp_path_factory.mktemp("commands") / "run"
     drawn = "+eval.sets.drawn={task:countdown,num_problems:6,samples:4}"
     save_checkpoint(run_dir, "data.num_heldout=10", drawn)
@@ -52,10 +52,10 @@ def job_of(model: LoadableModel, out: Path, temperature: float = 1.0) -> AnswerJ
 def written(
     engines: ModelEngines, model: LoadableModel, job: AnswerJob, stop: str | None = None
 ) -> bytes:
-    """The file of a job after one command.
+    """Run a job as one command; returns the content of its file.
 
     Args:
-        stop: a signal that arrived before the first answers; None: none.
+        stop: a signal that arrives before the first answers; None: no signal arrives.
     """
     preemption = Preemption()
     preemption.started()

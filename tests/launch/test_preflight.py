@@ -1,4 +1,4 @@
-"""Assumptions about teachers and engines are checked: tokens, templates, reproducibility."""
+"""The checks of teachers and engines before the start: tokens, templates, reproducibility."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
 def permuted() -> PreTrainedTokenizerBase:
-    """The tiny tokenizer with the ids of "1" and "2" exchanged, which no size would reveal."""
+    """The tiny tokenizer with the ids of "1" and "2" exchanged, so that its size is unchanged."""
     state = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
     vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
@@ -247,7 +247,7 @@ def test_the_probe_has_a_prompt_for_every_teacher_with_a_route():
 
 
 def test_the_arguments_of_the_engine_of_a_teacher_that_only_writes_are_checked_too():
-    """hybridrl eval --teacher starts an engine with them."""
+    """`hybridrl eval --teacher` starts an engine with these arguments."""
     settings = load_config(
         [
             "run.dir=here",

@@ -27,7 +27,7 @@ YARN = {**LINEAR, "rope_type": "yarn", "original_max_position_embeddings": 25}
 
 
 def settings_with_reward_model(folder: Path) -> RunSettings:
-    """The folders of a student, a teacher and a reward model."""
+    """Settings with folders of a student, a teacher and a reward model."""
     settings = tiny_settings(folder)
     source = Path(settings.model.path)
     state = load_model(str(source)).state_dict() | {VALUE_HEAD: torch.zeros(1, 128)}
@@ -80,7 +80,7 @@ def test_the_longest_sequence_is_what_the_config_says(
 def test_a_reward_model_with_fewer_rows_than_the_student_is_refused(tmp_path: Path):
     settings = settings_with_reward_model(tmp_path)
     student = load_model(settings.model.path)
-    student.resize_token_embeddings(32)  # rows that only pad: the student can draw them
+    student.resize_token_embeddings(32)  # padding rows, whose tokens the student can sample
     student.save_pretrained(settings.model.path)
     with pytest.raises(ConfigError, match=r"judge\.options\.path=\S+: has 23 rows .* has 32, so"):
         check_models(settings)

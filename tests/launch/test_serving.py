@@ -23,7 +23,7 @@ def test_the_command_names_the_model_by_its_folder_and_fits_a_cpu():
 
 
 def test_embeddings_that_the_files_hold_as_two_are_served_as_two(tmp_path: Path):
-    """vLLM would tie them, as the config says."""
+    """vLLM would tie them, because the config says that they are tied."""
     whole = save_tiny(tmp_path / "tied", 0)
     apart = save_tiny(tmp_path / "apart", 0, tied=False)
     config = json.loads((apart / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Named held-out sets: their problems, what is refused before anything starts, and warnings."""
+"""Named held-out sets: their problems, the errors before the start of a run, and warnings."""
 
 import json
 import logging
@@ -61,8 +61,8 @@ def test_a_set_may_be_the_path_of_its_rows(tmp_path: Path):
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_a_generated_set_needs_no_question_beside_its_own(seed: int):
-    """The generator has 19 questions with these options, and all are held out; a run that trained
-    on it would be refused.
+    """The generator has 19 questions with these options, and all are held out; training on it would
+    be refused.
     """
     options = "dataset: prime_factorization, options: {min_value: 2, max_value: 20}"
     given = f"+eval.sets.small={{task: reasoning_gym, num_problems: 300, {options}}}"
@@ -93,7 +93,7 @@ def test_a_set_that_lacks_a_column_of_its_reward_function_is_refused(tmp_path: P
 
 
 def test_a_set_whose_reward_function_does_not_take_a_row_is_refused(tmp_path: Path):
-    """Without a name each row is judged by the function that takes it."""
+    """If the set names no function, each row is judged by the function that takes it."""
     own = tmp_path / "own.py"
     own.write_text("def score(completions, **columns): return [0.5] * len(completions)\n")
     functions = tuple(

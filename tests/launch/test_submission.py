@@ -1,4 +1,6 @@
-"""A submission is checked before the cluster is called, and its output is followed to the end."""
+"""A submission is checked before the cluster is contacted, and its output is followed to the
+end.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -34,7 +36,7 @@ def test_a_job_runs_the_same_settings_also_those_with_spaces_and_quotes(tmp_path
 def test_a_file_of_settings_is_below_the_overrides_and_is_named_as_the_job_finds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also a variable in the file may be set on the cluster alone."""
+    """A variable that the file refers to may be set only on the cluster."""
     monkeypatch.delenv("TEACHER_PATH", raising=False)
     file = tmp_path / "settings" / "mine.yaml"
     file.parent.mkdir()
@@ -149,8 +151,8 @@ def test_an_address_where_no_dashboard_answers_is_one_sentence() -> None:
 
 
 class EndsQuietly:
-    """A job whose connections fail at 0 s, end without an error at 100 s, and fail at 200 s; then
-    comes the rest of the output.
+    """A job whose connections fail at 0 s, end without an error at 100 s, and fail at 200 s. The
+    next connection gives the rest of the output.
     """
 
     def __init__(self) -> None:
@@ -177,7 +179,7 @@ def test_an_interruption_counts_from_the_last_connection_that_answered(
 
     async def follow() -> None:
         loop = asyncio.get_running_loop()
-        seconds = iter(range(0, 10_000, 50))  # each look at the clock is 50 s after the last one
+        seconds = iter(range(0, 10_000, 50))  # the clock advances by 50 s at each reading
         monkeypatch.setattr(loop, "time", lambda: float(next(seconds)))
         await Output(client, "http://head:8265", "a", written.append).follow()
 
@@ -186,8 +188,8 @@ def test_an_interruption_counts_from_the_last_connection_that_answered(
 
 
 class LosesConnections:
-    """A job whose output is "one two three": the first connection ends after "one ", the second
-    before it, each with an error. Each connection begins with the first character.
+    """A job whose output is "one two three". The first connection ends after "one ", the second one
+    before that, each with an error. Each connection sends the output from its beginning.
     """
 
     def __init__(self, error: Exception) -> None:
@@ -226,10 +228,10 @@ def test_output_is_written_once_over_connections_that_are_lost(
 
 
 class FallsSilent:
-    """A job whose first connections bring nothing and do not end; the last one brings the output.
+    """A job whose first connections give no output and do not end; the last one gives the output.
 
     Args:
-        answers: what the dashboard says of the job's status after each connection.
+        answers: the job's status that the dashboard reports after each connection.
     """
 
     def __init__(self, answers: list[JobStatus | Exception]) -> None:
@@ -252,7 +254,7 @@ class FallsSilent:
 def test_the_dashboard_is_asked_about_a_job_whose_output_is_silent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A network that is gone in silence ends no connection."""
+    """A network that fails silently does not end a connection."""
     monkeypatch.setattr("hybridrl.runtime.jobs.QUIET_S", 0.01)
     monkeypatch.setattr("hybridrl.runtime.jobs.RETRY_S", 0.02)
     goes_on: Any = FallsSilent([JobStatus.RUNNING])

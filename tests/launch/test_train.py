@@ -1,4 +1,4 @@
-"""The program as its user runs it: `hybridrl train` from the shell and from Python, resumed,
+"""The program as a user runs it: `hybridrl train` from the shell and from Python, resumed,
 exported, served, and submitted as a Ray job.
 """
 
@@ -70,8 +70,8 @@ def watch(completions, api_key):
     seen = [*os.environ.values(), Path("/proc/self/environ").read_text()]
     return [float(not any("canary-" in value for value in seen))] * len(completions)
 """
-"""A reward that is only measured. It is 1 where its process has no secret but the one that its
-option passes to it.
+"""A reward function that is only measured. It gives 1 if its process has no secret except for the
+one that an option passes to it.
 """
 
 TRACKER = """
@@ -178,7 +178,9 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps without a break, with all trackers, two ranks of ZeRO-3 and two engines."""
+    """The directory of a run of four steps without a break, with all trackers, two ranks of ZeRO-3
+    and two engines.
+    """
     run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     (run_dir.parent / "tracker.py").write_text(TRACKER)
     tracker = f"{{sink:{run_dir.parent}/tracker.py:Tracker,options:{{file:{run_dir.parent}/rows}}}}"
@@ -202,12 +204,12 @@ def uninterrupted(overrides: list[str], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def resumed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, whose first two steps run from Python, which gives the file of the reward
-    function `watch` and stops, and the others by the command, with engines and a learner that take
-    turns.
+    """The directory of the same run in two parts. The first two steps are made from Python, which
+    passes the file of the reward function `watch` and stops the run; the others are made by the
+    command, with engines and a learner that take turns.
 
-    The first two steps are the second job of a sweep in one process, after one with other settings;
-    `continued`, beside the run, is the third job, and has the other two steps as well.
+    The first part is the second job of a sweep in one process, after a job with other settings. The
+    third job, `continued`, has its directory beside this one and makes the other two steps as well.
     """
     run_dir = tmp_path_factory.mktemp("resumed") / "run"
     [watch] = [Path(o.partition("{function:")[2].split(":")[0]) for o in overrides if WATCHED in o]
@@ -300,7 +302,7 @@ def test_on_step_receives_each_step_with_its_row(resumed):
 
 
 def test_a_run_that_took_turns_says_how_long_they_took(resumed):
-    """Its steps are those of a run without, bit by bit (the test above)."""
+    """Its steps equal those of a run without turns bit by bit (the test above)."""
     turns = [row.get("time/turn_s") for row in read_metrics(resumed)]
     assert turns[:3] == [None] * 3 and all(seconds > 0 for seconds in turns[3:])
     log = (resumed / "logs" / "rollout-0.log").read_text()
@@ -344,7 +346,7 @@ def test_a_signal_after_the_last_step_of_a_job_lets_no_other_begin_and_the_job_i
 
 
 def test_after_a_job_that_fails_no_worker_is_kept(resumed):
-    """It had those of the job before it."""
+    """The failed job had the workers of the previous job."""
     *_, failed = json.loads((resumed.parent / "pids.json").read_text())
     assert failed == {"ray": False, "kept": None}
     printed = (resumed.parent / "failed" / "logs" / "console.log").read_text()
@@ -419,7 +421,7 @@ def test_the_flags_of_hydra_print_the_settings_and_the_help_and_write_nothing(tm
 
 
 def greedy_by_hand(run_dir: Path, prompt: list[int], tokens: int) -> list[int]:
-    """Greedy continuation by the learner's fp32 master weights, without a cache and without the
+    """Greedy decoding with the learner's fp32 master weights, without a KV cache and without the
     export.
     """
     reader = FragmentReader(run_dir / "checkpoints" / "step_000004")
@@ -438,7 +440,7 @@ def greedy_by_hand(run_dir: Path, prompt: list[int], tokens: int) -> list[int]:
 
 @contextmanager
 def served(run_dir: Path, template: Path, log: Path) -> Iterator[str]:
-    """`hybridrl serve RUN` as a user starts it, with a chat template, which the tokenizer lacks."""
+    """Run `hybridrl serve RUN` as a user does, with a chat template, which the tokenizer lacks."""
     port = free_port()
     command = [str(BIN / "hybridrl"), "serve", str(run_dir), "--port", str(port)]
     command += ["--", "--chat-template", str(template)]
@@ -495,7 +497,7 @@ def test_a_served_run_answers_chats_and_completions_with_the_learners_greedy_out
 
 @pytest.fixture
 def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
-    """A cluster that the shipped scripts start, with tokens; yields its users' environment."""
+    """Start a cluster with tokens by the shipped scripts; yields the environment of its users."""
     home = tmp_path / "home"
     home.mkdir()
     ports = [str(free_port(range(first, first + 200))) for first in (20_000, 20_200, 20_400)]
@@ -527,7 +529,7 @@ def two_nodes(tmp_path) -> Iterator[dict[str, str]]:
 
 
 def raylet_of(log: Path) -> int:
-    """The raylet of the node on which the worker with this log runs: the worker's parent."""
+    """The pid of the raylet of the node on which the worker with this log runs: its parent."""
     parents = {}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -541,8 +543,8 @@ def raylet_of(log: Path) -> int:
 def test_a_job_on_two_nodes_with_tokens_is_stopped_saves_what_it_learned_and_is_submitted_again(
     two_nodes, overrides, tmp_path
 ):
-    """The second job has the settings of the first one and another, with which it refuses to go on
-    from what that saved; `resumed`, above, goes on.
+    """The second job has the settings of the first one and another, with which it refuses to
+    continue from the checkpoint. A run that continues is tested by `resumed` above.
     """
     run_dir = tmp_path / "job"
     spread = ["cluster.spread=true", "cluster.threads_per_worker=1", "rollout.engines=1"]

@@ -1,4 +1,4 @@
-"""What a holder of workers promises without any."""
+"""The rules by which WarmWorkers keeps workers between jobs, tested without any worker."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def test_a_job_that_begins_during_another_one_is_refused_and_the_next_one_is_not
 def test_a_stop_signal_during_the_checks_of_a_job_is_the_exception_of_one_that_can_be_repeated(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    """A sweep ends with it and its exit status, as in the middle of a job."""
+    """The sweep ends with this exception and its exit status, as in the middle of a job."""
     monkeypatch.setattr(session, "preflight", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted, match="ended by SIGTERM; the same command continues"):
@@ -44,7 +44,7 @@ def test_a_stop_signal_during_the_checks_of_a_job_is_the_exception_of_one_that_c
 
 
 def kept_by(warm: WarmWorkers, settings: RunSettings, *, intact: bool) -> SimpleNamespace | None:
-    """The workers that are kept after a job that ended with these."""
+    """The workers that are kept after a job ends with these settings; None: none are kept."""
     workers = SimpleNamespace(intact=intact)
     warm._cluster = SimpleNamespace(device="cpu")  # connects to no Ray
     with warm.job(settings, {}, measures=False, say=print):

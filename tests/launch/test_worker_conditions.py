@@ -27,7 +27,9 @@ def settings_of(*overrides: str) -> RunSettings:
 
 
 def differing(*overrides: str, base: tuple[str, ...] = ()) -> list[str]:
-    """The conditions in which the quickstart differs from one with such settings."""
+    """The conditions of workers in which the quickstart with these overrides differs from the one
+    without.
+    """
     one, other = (settings_of(*base, *more) for more in ((), overrides))
     return differences(worker_conditions(one, FILES), worker_conditions(other, FILES))
 
@@ -55,7 +57,7 @@ def test_workers_stay_where_only_what_they_take_anew_differs(overrides: tuple[st
 def test_workers_start_anew_in_another_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Those of the first job would find its rewards.py and not that of the second."""
+    """Workers of the first job would load its rewards.py instead of that of the second job."""
     settings = settings_of()
     before = worker_conditions(settings, FILES)
     monkeypatch.chdir(tmp_path)

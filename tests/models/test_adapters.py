@@ -63,7 +63,7 @@ def test_only_adapters_require_a_gradient_and_their_first_numbers_depend_on_the_
     expected = torch.rand(1)
     torch.manual_seed(5)
     first = adapted(source, seed=1)
-    assert torch.rand(1) == expected  # the generator is as it was
+    assert torch.rand(1) == expected  # the state of the generator is unchanged
     again, other = adapted(source, seed=1), adapted(source, seed=2)
     downs = [adapted_layers(model)[3].down for model in (first, again, other)]
     assert torch.equal(downs[0], downs[1]) and not torch.equal(downs[0], downs[2])

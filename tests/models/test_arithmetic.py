@@ -1,4 +1,4 @@
-"""How a run computes, where its settings leave the choice to the machine."""
+"""The arithmetic that is chosen for a machine if the settings leave the choice open."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_on_a_cpu_a_wide_model_stored_in_half_precision_is_computed_in_it_where_
     [
         (SMOLLM2, Processor.amd_bf16, "bfloat16", 2),
         (SMOLLM2, Processor.intel_bf16, "float32", 1),
-        (TINY, Processor.amd_bf16, "float32", 1),  # of 128 numbers a token
+        (TINY, Processor.amd_bf16, "float32", 1),  # hidden size 128
     ],
 )
 def test_the_choice_takes_the_place_of_auto_and_the_zero_stage_and_the_teachers_follow_it(

@@ -1,4 +1,4 @@
-"""Compiled decoder layers: their numbers, the shapes they serve, and when none are compiled."""
+"""Compiled decoder layers: their results, the shapes they serve, and when none are compiled."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ HIDDEN = decoder_layers.COMPILE_FROM
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sum in one order, and discard graphs that others made."""
+    """Run with one thread, which fixes the order of sums, and discard graphs of other tests."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.compiler.reset()
@@ -58,7 +58,7 @@ def model_of(hidden: int = HIDDEN, dtype: torch.dtype = torch.bfloat16) -> PreTr
 
 
 def padded(rows: int, tokens: int) -> dict[str, Tensor]:
-    """Inputs whose last row is half as long as the others."""
+    """Inputs of a model in which the last row is half as long as the others, and padded."""
     generator = torch.Generator().manual_seed(rows * tokens)
     ids = torch.randint(0, 64, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
@@ -90,7 +90,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     [
         (Products.float32, torch.bfloat16, "cpu", True),
         (Products.model, torch.bfloat16, "cpu", False),
-        (Products.auto, torch.bfloat16, "cpu", False),  # a run before this setting existed
+        (Products.auto, torch.bfloat16, "cpu", False),  # a run of code before this setting existed
         (Products.float32, torch.float32, "cpu", False),
         (Products.float32, torch.bfloat16, "cuda", False),
     ],
@@ -121,16 +121,16 @@ def test_layers_with_wide_products_are_compiled_and_at_least_as_exact():
 
 @dataclass(frozen=True)
 class Batches:
-    """Of a compiled model, one after the other: shape, and hidden states and gradient."""
+    """The batches that a compiled model has computed one after the other: shapes and results."""
 
     outputs: list[tuple[tuple[int, int], tuple[Tensor, Tensor]]]
     graphs: int
-    """that were made for them"""
+    """the number of graphs that were compiled for them"""
 
 
 @pytest.fixture(scope="module")
 def batches() -> Batches:
-    """Of one model for several tests, as compiling it takes many seconds."""
+    """The batches of one model, shared by several tests, because compiling takes many seconds."""
     outputs = []
     with one_thread():
         model = model_of()
@@ -156,7 +156,7 @@ def test_compiled_layers_are_as_close_to_fp32_as_the_layers_of_transformers(batc
 
 
 def test_no_batch_affects_the_graphs_which_exist_before_the_first_one(batches: Batches):
-    """The same batch gives the same bits as the first one and after others."""
+    """A batch gives the same bits whether it is the first one or comes after others."""
     (shape, first), *_, (again, last) = batches.outputs
     assert shape == again and all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
     assert batches.graphs == 0

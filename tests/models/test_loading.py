@@ -21,7 +21,9 @@ from hybridrl.models.loading import (
 from tests.support.graph import save_tiny
 
 LOADS = (load_model, load_outline, lambda path: load_output_head(path, "float32"))
-"""How learner and scorers load a model, the driver inspects it, and a teacher's head is loaded."""
+"""The functions by which learner and scorers load a model, the driver inspects it, and a teacher's
+head is loaded.
+"""
 
 
 @pytest.fixture
@@ -30,7 +32,9 @@ def model(tmp_path: Path) -> Path:
 
 
 def rewrite(model: Path, change: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    """Replace tensors of the folder, or remove those that are None; returns the new tensors."""
+    """Replace tensors of the folder, or remove them if the new value is None; returns the
+    result.
+    """
     file = model / "model.safetensors"
     changed = load_file(file) | change
     tensors = {name: tensor for name, tensor in changed.items() if tensor is not None}
@@ -49,7 +53,7 @@ def set_config(model: Path, **values: object) -> None:
 )
 def test_a_missing_weight_is_refused_by_name_and_not_replaced_at_random(model: Path, name: str):
     rewrite(model, {name: None})
-    # load_output_head reads no other weight than the head.
+    # load_output_head reads only the head.
     for load in LOADS if name == "lm_head.weight" else LOADS[:2]:
         with pytest.raises(
             ConfigError, match=rf"model\.path=.*: its files lack {name}, which would"
@@ -194,7 +198,7 @@ def test_a_truncated_weight_file_is_refused(model: Path):
 
 
 def test_two_sets_of_weights_are_refused(model: Path):
-    """Engine and learner could read different ones."""
+    """Engine and learner might read different sets."""
     weights = load_file(model / "model.safetensors")
     save_file(weights, model / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
     weight_map = dict.fromkeys(weights, "model-00001-of-00001.safetensors")

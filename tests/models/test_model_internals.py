@@ -1,7 +1,7 @@
-"""What hybridrl/models/model_internals.py uses of torch and transformers, on a real model.
+"""The internals of torch and transformers that hybridrl/models/model_internals.py uses, tested on a
+real model.
 
-Where the first test fails after an upgrade, read that file against the new version, then change
-SEEN.
+If the first test fails after an upgrade, compare that file with the new version, then change SEEN.
 """
 
 import torch

@@ -31,7 +31,7 @@ IDS = torch.tensor([[1, 7, 20, 11, 21, 6, 5, 22]])  # "3 7=21:"
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A folder with fresh float32 weights."""
+    """A folder with a model with random float32 weights."""
     torch.manual_seed(0)
     folder = tmp_path / "source"
     tiny_model(tiny_tokenizer()).save_pretrained(folder)

@@ -21,7 +21,7 @@ NOT_PLAIN: dict[str, Any] = {
     "cohere": LLAMA,  # a scale, by default 0.0625
     "granite": LLAMA | {"logits_scaling": 8.0},
     "phi": LLAMA,  # a bias
-    "llama4_text": LLAMA,  # its body is the whole model
+    "llama4_text": LLAMA,  # its base_model is the whole model
 }
 
 
@@ -53,7 +53,7 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(kind: str):
 
 
 def test_a_soft_cap_is_detected_even_where_logits_are_far_below_it():
-    """Near 0, where a random model's logits are, a cap of 30 changes them by less than 1e-3."""
+    """The logits of a random model are near 0, where a cap of 30 changes them by less than 1e-3."""
     model = tiny("gemma2", HEADS, torch.bfloat16)
     with torch.no_grad():
         hidden = model.base_model(input_ids=IDS).last_hidden_state

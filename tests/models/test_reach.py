@@ -13,7 +13,7 @@ from hybridrl.models.reach import reach
 
 
 class Hub(BaseHTTPRequestHandler):
-    """A hub with org/open and org/gated, with the answers of the real one."""
+    """A stand-in for the hub with org/open and org/gated, which answers as the real one does."""
 
     def do_GET(self) -> None:
         if self.path.startswith("/api/models/org/open"):

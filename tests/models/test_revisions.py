@@ -49,12 +49,12 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, *parts: object) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def requested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
-    """The paths that the libraries request of the hub; their caches are empty."""
+    """The paths that the libraries request from the hub, with empty caches."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
@@ -69,7 +69,7 @@ def requested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[
             (datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets"),
         ):
             monkeypatch.setattr(library, name, value)
-        huggingface_hub.close_session()  # of another test, with other variables
+        huggingface_hub.close_session()  # it may be of another test with other variables
         Hub.paths.clear()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield Hub.paths

@@ -1,5 +1,5 @@
-"""The objective on groups small enough to work out by hand, its schedules and what each preset
-needs.
+"""The objective on groups that are small enough to compute by hand, its schedules, and the values
+that each preset needs.
 """
 
 import math
@@ -48,7 +48,7 @@ def sparse(
     rewards: Rewards,
     plan: UpdatePlan,
 ) -> list[float]:
-    """[R] what the objective multiplies grad log p(y) with."""
+    """[R] the factors of grad log p(y) that the objective computes."""
     scored = ScoredBatch(rollout=batch, scores=tuple(scores), rewards=rewards)
     return objective.credit(scored, plan).columns.sparse.tolist()
 
@@ -71,15 +71,15 @@ def test_without_future_every_token_costs_minus_lambda_times_reward_above_the_ot
 
 
 def test_the_future_cost_of_a_token_is_discounted_and_the_reward_is_not():
-    # future of the long response: .5*2 + .25*4, .5*4, 0; the reward of the short one counts 2 * 1
+    # future costs of the long response: .5*2 + .25*4, .5*4, 0; reward of the short one: 2 * 1
     assert costs_of(objective(0.5, "none"), [1.0, 0.0]) == [-2.0, 2.0, 2.0, 0.0]
     assert costs_of(objective(1.0, "none"), [1.0, 0.5]) == [-2.0, 5.0, 3.0, -1.0]
     assert costs_of(objective(0.0, "none"), [1.0, 0.5]) == [-2.0, -1.0, -1.0, -1.0]
 
 
 def test_a_sibling_that_has_ended_is_compared_by_its_reward_and_no_future():
-    # returns: short -2 at every position; long 2, 2, 0. At position 0 the long one is the short
-    # one's baseline.
+    # Returns: -2 at every position of the short response; 2, 2, 0 of the long one. At position 0
+    # the long response is the baseline of the short one.
     assert costs_of(objective(0.5), [1.0, 0.0]) == [-4.0, 4.0, 4.0, 2.0]
     assert costs_of(objective(0.5, "group_mean"), [1.0, 0.0]) == [-2.0, 2.0, 2.0, 1.0]
 
@@ -119,7 +119,7 @@ def test_groups_are_compared_among_themselves_only():
 
 def test_the_rewards_array_is_only_read():
     rewards = make_rewards(TRIPLE, [1.0, 0.0, 3.0])
-    rewards.values.flags.writeable = False  # as the object store hands it out
+    rewards.values.flags.writeable = False  # as values from the object store are
     sparse(objective(), TRIPLE, [], rewards, make_plan(TRIPLE))
     assert rewards.values.tolist() == [1.0, 0.0, 3.0]
 
@@ -208,7 +208,7 @@ def test_a_schedule_that_ends_above_zero_is_not_zero():
 
 
 def test_a_feedback_schedule_continues_from_the_weight_of_one_and_within_todays_bounds():
-    """From one of another kind it begins, as that had no state."""
+    """After a schedule of another kind, which had no state, it starts with its own first weight."""
 
     def feedback(**given: float) -> Schedule:
         config = ScheduleConfig(
@@ -312,7 +312,7 @@ def test_the_likelihood_of_the_teachers_text_is_not_standardised_with_its_return
 
 
 def test_sampled_costs_are_watched_for_weights_of_the_teachers_that_add_up_to_1():
-    """log p - log q is 0, 1, 2 and 4, whatever the teacher's weight."""
+    """The metric is log p - log q, here 0, 1, 2 and 4, for every weight of the teacher."""
     scored = ScoredBatch(
         rollout=SHORT_AND_LONG, scores=(COSTS,), rewards=make_rewards(SHORT_AND_LONG, [0.0, 0.0])
     )
@@ -326,8 +326,8 @@ def test_sampled_costs_are_watched_for_weights_of_the_teachers_that_add_up_to_1(
 
 
 def test_bounds_of_the_ratio_of_a_sequence_are_watched_at_each_of_its_tokens():
-    """The learner is log 4 above the sampler at one token of the second response, so that its ratio
-    is 4, and 1 of the first.
+    """The learner's log-prob is log 4 above the sampler's at one token of the second response,
+    whose ratio is therefore 4; the ratio of the first response is 1.
     """
     learner = np.array([-1.0, -1.0 + math.log(4), -1.0, -1.0], np.float32)
     scored = ScoredBatch(

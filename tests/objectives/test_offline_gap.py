@@ -1,10 +1,10 @@
-"""Where imitation from the expert's data must lose to imitation on the student's own actions (arXiv
-2606.30445, theorem 1).
+"""An example in which imitation of the expert's data must be worse than imitation on the student's
+own actions (arXiv 2606.30445, theorem 1).
 
-l contexts hide one bit each. The expert plays a0 with probability 1 - eps, which the student
-cannot, and otherwise the action a1 or a2 that the bit names, up to an error of delta. Either
-student plays a1 or a2 and is right when it follows the bit. Data shows a bit only where the expert
-played a1 or a2; a teacher's log-probs show it at every visit.
+Each of l contexts hides one bit. The expert plays a0, which the student cannot play, with
+probability 1 - eps, and otherwise the action a1 or a2 that the bit names, with an error rate of
+delta. The student plays a1 or a2, and is right if it follows the bit. Data reveals a bit only if
+the expert played a1 or a2; the teacher's log-probs reveal it at every visit.
 """
 
 import math
@@ -21,13 +21,15 @@ CONTEXTS, DELTA = 32, 0.05
 
 
 def expert(eps: float) -> torch.Tensor:
-    """[3] the expert's probabilities of a0, of the action that the bit names, and of the other."""
+    """[3] the expert's probabilities of a0, of the action that the bit names, and of the other
+    one.
+    """
     return torch.tensor([1 - eps, eps * (1 - DELTA), eps * DELTA], dtype=torch.float64)
 
 
 def follows_the_bit_after_one_look(eps: float) -> bool:
-    """Whether the dense gradient at an undecided student, who never plays a0, moves it to the
-    action of the bit.
+    """Whether the dense gradient moves an undecided student, which never plays a0, towards the
+    action that the bit names.
     """
     student = torch.tensor([[-torch.inf, math.log(0.5), math.log(0.5)]], dtype=torch.float64)
     _, gradient = dense(student, expert(eps).log()[None], Measure())
@@ -37,8 +39,8 @@ def follows_the_bit_after_one_look(eps: float) -> bool:
 
 @cache
 def gradient_of_data(right: int, wrong: int) -> float:
-    """What `right` and `wrong` observations of a context add to the logit of the bit's action, by
-    likelihood.
+    """The gradient of the likelihood with respect to the logit of the bit's action, after `right`
+    and `wrong` observations of a context.
     """
     ids = torch.tensor([0] * right + [1] * wrong)
     one = torch.ones(len(ids), dtype=torch.float64)
@@ -59,8 +61,8 @@ def binomial(n: int, k: int, p: float) -> float:
 
 
 def offline_value(eps: float, samples: int) -> float:
-    """Exact mean over data of the share of contexts where likelihood follows the bit; an undecided
-    context is half right.
+    """The share of contexts in which maximum likelihood follows the bit, as an exact mean over all
+    data. An undecided context counts as half right.
     """
     value = 0.0
     for seen in range(min(samples, 60) + 1):
@@ -76,7 +78,9 @@ def offline_value(eps: float, samples: int) -> float:
 
 
 def online_value(eps: float, samples: int) -> float:
-    """A context that the student visited once is known; the others are half right."""
+    """The same share with a teacher: contexts that the student has visited are right, the others
+    count as half right.
+    """
     assert follows_the_bit_after_one_look(eps)
     return 1 - 0.5 * (1 - 1 / CONTEXTS) ** samples
 
@@ -103,7 +107,7 @@ def test_data_needs_more_samples_as_the_expert_leaves_the_students_class_and_own
 
 def test_without_an_error_of_the_expert_the_regret_of_data_has_its_closed_form():
     eps, samples = 0.1, 128
-    hidden = (1 - eps / CONTEXTS) ** samples  # nothing seen of a context
+    hidden = (1 - eps / CONTEXTS) ** samples  # the chance that a context's bit was never observed
     assert 0.5 * hidden == pytest.approx(0.335, abs=5e-4)
     assert 1 - offline_value(eps, samples) == pytest.approx(0.5 * hidden, abs=0.02), (
         "delta 0.05 adds a little"

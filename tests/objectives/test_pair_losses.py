@@ -1,5 +1,5 @@
-"""Pair losses: closed-form derivatives against autograd, population minimisers, and what must not
-overflow or matter.
+"""Pair losses: closed-form derivatives against autograd, population minimisers, and extreme values,
+which must not overflow.
 """
 
 from dataclasses import fields, replace
@@ -38,7 +38,7 @@ def pair(
     chosen_len: int = 1,
     rejected_len: int = 1,
 ) -> PairScores:
-    """One pair whose reference log-probs are 0, so that s is the given value over the length."""
+    """One pair with reference log-probs 0, so that each s is the given value over the length."""
 
     def one(x):
         return torch.tensor([x], dtype=dtype)
@@ -54,12 +54,12 @@ def pair(
 
 
 def gradient(name: str, scores: PairScores, pair: PairConfig) -> PairGradient:
-    """What the loss of that name makes of the pairs."""
+    """The loss of that name and its derivatives for the pairs."""
     return PAIR_LOSSES[name].load()().gradient(scores, pair)
 
 
 def random_pairs(num: int = 64) -> PairScores:
-    """Summed log-probs of responses of 1 to 9 tokens; log-ratios of a few nats, both signs."""
+    """Random pairs of responses with 1 to 9 tokens; log-ratios are a few nats, of both signs."""
     g = torch.Generator().manual_seed(5)
 
     def draw(scale):
@@ -76,7 +76,7 @@ def random_pairs(num: int = 64) -> PairScores:
 
 
 def written_loss(name: str, scores: PairScores, options: PairConfig) -> Tensor:
-    """The published formulas, plainly: what autograd differentiates. [P]"""
+    """[P] the losses by the published formulas, for autograd."""
     a, b = (scores.chosen_len, scores.rejected_len) if options.average else (1, 1)
     lw, ll = scores.chosen_logp / a, scores.rejected_logp / b
     sw, sl = lw - scores.chosen_ref / a, ll - scores.rejected_ref / b
@@ -175,12 +175,11 @@ def test_bradley_terry_learns_from_the_difference_of_scores_alone() -> None:
 
 
 def minimiser(name: str, options: PairConfig) -> Tensor:
-    """E[r] of the softmax policy that minimises the exact population loss, one for each of
-    LABEL_NOISE.
+    """[4] the mean reward of the softmax policy that minimises the exact population loss, for each
+    of LABEL_NOISE.
 
-    Pairs (a, b) are two independent draws from the reference; the better one is labelled chosen
-    with the Bradley-Terry probability of the rewards, and the label flipped with the probability of
-    the noise.
+    A pair is two independent draws from the reference. The label `chosen` follows the Bradley-Terry
+    probability of the rewards, and is flipped with the probability of the noise.
     """
     noise = torch.tensor(LABEL_NOISE, dtype=torch.float64)[:, None, None]
     better = torch.sigmoid(ARM_REWARDS[:, None] - ARM_REWARDS[None, :])
@@ -210,7 +209,7 @@ def minimiser(name: str, options: PairConfig) -> Tensor:
         slope = d_logp - logp.exp() * d_logp.sum(-1, keepdim=True)
         logits = (
             logits - 0.3 * slope / logp.exp()
-        )  # the natural gradient: an arm that dies out does so at a steady pace
+        )  # natural gradient, with which the logit of a vanishing arm falls steadily
     assert slope.abs().max() < 1e-5
     return logp.exp() @ ARM_REWARDS
 
@@ -239,7 +238,7 @@ def test_with_both_responses_as_reference_every_dil_recovers_the_chosen_distribu
 ) -> None:
     wanted = torch.tensor(
         (0.422, 0.338, 0.211, 0.0), dtype=torch.float64
-    )  # what SFT on the chosen responses earns
+    )  # the mean reward of SFT on the chosen responses
     torch.testing.assert_close(
         minimiser(name, replace(OPTIONS, reference=Reference.both)), wanted, rtol=0, atol=2e-3
     )

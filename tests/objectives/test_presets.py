@@ -1,9 +1,8 @@
-"""Each preset's gradient on the production path against the formula it is named after,
-differentiated by autograd.
+"""Each preset's gradient by the production code, compared with autograd of the published formula.
 
-Both see the same small model and the same responses: groups of four of different lengths, one cut
-at the limit, one group of equal rewards, one group taken out for its NaN rewards, and a sampler
-that is off where a ratio is taken.
+Both use the same small model and the same responses: groups of four with different lengths, of
+which one response is cut at the limit, one group has equal rewards, and one group is dropped for
+its NaN rewards. Where a method uses a ratio, the sampler differs from the student.
 """
 
 import math
@@ -42,7 +41,7 @@ GROUPS = [
     (
         (1, 2),
         [(3, 4, 6), (6,), (5, 5, 3, 6), (4, 3, 5, 5, 3, 4)],
-    ),  # the last is cut at MAX_NEW_TOKENS
+    ),  # the last response is cut at MAX_NEW_TOKENS
     ((2,), [(3, 6), (4, 4, 6), (6,), (5, 3, 4, 6)]),
     ((1, 3, 2), [(4, 6), (3, 3, 6), (5, 6), (5, 4, 4, 3, 6)]),
     ((4,), [(6,), (3, 6), (6,), (5, 6)]),
@@ -54,7 +53,7 @@ PASSED = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, *[math.nan
 def student(
     rewards: Sequence[float] = REWARDS, drift: float = 0.0, groups: Sequence = GROUPS
 ) -> list[Response]:
-    """The student's answers; log mu - log p of each token has the deviation `drift`."""
+    """Responses of the student; log mu - log p of the tokens has the standard deviation `drift`."""
     rng = np.random.default_rng(5)
     return [
         Response(
@@ -71,7 +70,7 @@ def student(
 
 
 def given(source: Source, groups: Sequence, rewards: Sequence[float] = ()) -> list[Response]:
-    """Answers that the student did not write, in the data's order."""
+    """Responses that the student did not write, in the order of the data."""
     written = [
         Response(prompt=prompt, ids=ids, source=source)
         for prompt, answers in groups
@@ -101,7 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(model: Toy, responses: Sequence[Response]) -> list[Answer]:
-    """What a paper sees of the responses that are not taken out."""
+    """The responses that are not dropped, in the form of the published formulas."""
     teachers = {name: Toy(name) for name in MODELS}
     kept = [
         (g, r)
@@ -134,7 +133,7 @@ def direct_gradient(loss: Loss, responses: Sequence[Response]) -> dict[str, Tens
 
 
 def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Largest difference of any entry over the largest entry."""
+    """The largest difference of any entry, divided by the largest entry."""
     largest = max(float(g.abs().max()) for g in theirs.values())
     assert ours.keys() == theirs.keys() and largest > 1e-2
     return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) / largest
@@ -148,8 +147,8 @@ def assert_is_published(
     *overrides: str,
     step: int = 0,
 ) -> None:
-    """With float64 columns to rounding; with the float32 columns that travel between processes, to
-    theirs.
+    """Check that the production gradient equals that of `loss`, up to rounding errors of float64
+    with float64 columns, and of float32 with the float32 columns that a run sends.
     """
     settings, expected = preset(name, folder, *overrides), direct_gradient(loss, responses)
     assert distance(Production(settings, wide=True).gradient(responses, step), expected) < 1e-9
@@ -316,7 +315,7 @@ def test_grpo_without_kl_is_the_published_surrogate_under_any_ratio(folder: Path
 
 
 def test_dr_grpo_divides_by_neither_deviation_nor_length(folder: Path):
-    # longer than any response, so that their longest is not the constant
+    # A limit above the longest response shows that the divisor is the limit.
     limit = "rollout.max_new_tokens=8"
     assert_is_published("dr_grpo", folder, published.dr_grpo(8), student(drift=0.3), limit)
 
@@ -362,7 +361,7 @@ def test_a_pair_loss_on_ranked_data_is_its_formula(folder: Path, name: str):
 def test_a_pair_loss_on_the_students_answers_compares_the_best_with_the_worst(
     folder: Path, name: str
 ):
-    # One group has equal rewards and one is taken out; the mean is over the two that have a pair.
+    # One group has equal rewards and one is dropped; the mean is over the two groups with a pair.
     on_policy = "algorithm.data_fraction=0"
     assert_is_published(
         name, folder, lambda a: published.pairs(a, PAIRS[name]), student(drift=0.3), on_policy
@@ -378,7 +377,7 @@ NEEDS = {
     "word_kd": Needs(evidence=(Hidden(drawn=False),)),
     "dagger": Needs(evidence=(Hidden(drawn=False),)),
     "gkd": Needs(evidence=(Hidden(drawn=False),)),
-    # The learner's log-probs are for the teacher's answers.
+    # The learner's log-probs are needed for the teacher's responses.
     "minillm": Needs(evidence=(Hidden(drawn=True),), learner_logprobs=True),
     "opd": Needs(evidence=(Drawn(),)),
     "opd_full": Needs(evidence=(Hidden(drawn=False),)),
@@ -403,7 +402,7 @@ NEEDS = {
     "dil_bce": Needs(evidence=(Drawn(),), **OF_PAIRS, learner_logprobs=True),
     "reward_model": Needs(**OF_PAIRS, learner_values=True),
 }
-"""With the evidence of one teacher; every teacher has the same."""
+"""The needs of each preset, with the evidence of one teacher; all teachers have the same."""
 
 
 def test_every_preset_is_listed():

@@ -1,5 +1,5 @@
-"""A user's estimator, token weight and pair loss, each in a file of the user's, on the production
-path.
+"""A user's estimator, token weight and pair loss, each in a file of the user, in the production
+code.
 """
 
 from pathlib import Path
@@ -259,13 +259,13 @@ def test_a_run_tries_the_users_code_before_it_reads_models_or_data() -> None:
 
 
 def test_reading_the_settings_that_a_run_left_runs_no_file(tmp_path: Path) -> None:
-    """A run directory may have come from elsewhere."""
+    """A run directory may come from an untrusted source."""
     file = write_file(tmp_path, "raise SystemExit('was run')")
     own = [f"algorithm.{s}={file}:A" for s in ("advantage", "token_weight", "pair.loss")]
     written = settings_with("algorithm=dpo", *own)
     settings = from_yaml(to_yaml(written))
     assert settings == written
-    assert settings.scored_teachers == ["initial"]  # algorithm.pair.against says so
+    assert settings.scored_teachers == ["initial"]  # as algorithm.pair.against says
     assert settings_with("algorithm=simpo", *own).scored_teachers == []
 
 

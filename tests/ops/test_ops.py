@@ -1,4 +1,4 @@
-"""The ops compared with exact enumeration, finite differences and numbers checked by hand."""
+"""The ops, compared with exact enumeration, finite differences and numbers computed by hand."""
 
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ MDP = make_mdp(seed=0, vocabulary=5, horizon=3, ends=False)
 def random_problem(
     rows: int = 6, vocabulary: int = 7, width: int = 4, dtype: torch.dtype = torch.float64
 ):
-    """The student's hidden states and head, two teachers of other widths, and token terms."""
+    """The student's hidden states and head, two teachers of other widths, and token columns."""
     g = torch.Generator().manual_seed(3)
 
     def normal(*shape):
@@ -61,7 +61,7 @@ def gradients(
     chunk=1024,
     factor=1.0,
 ):
-    """loss, d loss / d hidden, d loss / d lm_head, statistics; the inputs get no gradient."""
+    """(loss, d loss / d hidden, d loss / d lm_head, statistics); the arguments get no gradient."""
     hidden = hidden.detach().requires_grad_()
     lm_head = lm_head.detach().requires_grad_()
     loss, stats = hybrid_head_loss(
@@ -137,11 +137,14 @@ def test_sibling_means_stay_inside_their_group():
 
 
 def group_gradient(group_size: int, leave_one_out: bool | None) -> Tensor:
-    """[3, 3] exact mean, over every group of K sequences, of the sparse gradient with a baseline
-    (None: without).
+    """[3, 3] the exact mean of the sparse gradient over all groups of K sequences.
 
-    Token 0 ends a sequence, at most 2 tokens, so that siblings of both lengths meet: 7 sequences, 3
-    prefixes.
+    Token 0 ends a sequence, which has at most 2 tokens, so there are 7 sequences of both lengths
+    and 3 prefixes.
+
+    Args:
+        group_size: K.
+        leave_one_out: whether the baseline leaves out the sequence itself; None: no baseline.
     """
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(3, 3, generator=g, dtype=torch.float64)
@@ -223,7 +226,7 @@ def test_the_loss_is_the_weighted_sum_of_divergences_and_costs():
     )[:, 0]
     assert torch.allclose(
         alone, stats.logprobs, rtol=0, atol=1e-14
-    )  # a product of 4 rows may round otherwise than one of 6
+    )  # a product of 4 rows may round differently from one of 6
 
 
 def test_several_teachers_are_the_weighted_sum_of_each():
@@ -292,7 +295,7 @@ def test_a_head_that_does_not_train_changes_no_other_gradient():
 
 def test_the_norms_of_both_parts_are_of_the_logit_gradient():
     hidden, _, teachers, terms = random_problem(width=7)
-    eye = torch.eye(7, dtype=torch.float64)  # lm_head = identity: hidden states are the logits
+    eye = torch.eye(7, dtype=torch.float64)  # as lm_head, so that hidden states are the logits
     dense = gradients(
         hidden,
         eye,
@@ -308,7 +311,7 @@ def test_the_norms_of_both_parts_are_of_the_logit_gradient():
 
 
 def one_token(student: list[float], teacher: list[float]):
-    """One row whose logits are the lists, width 1."""
+    """The inputs of one row with these logits of student and teacher, with hidden size 1."""
 
     def column(values):
         return torch.tensor(values, dtype=torch.float64)[:, None]
@@ -380,7 +383,7 @@ def test_a_row_of_weight_0_may_hold_an_infinite_divergence():
     hidden = torch.eye(2, dtype=torch.float64, requires_grad=True)
     head = torch.tensor([[0.0, 0.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     far = torch.tensor([[0.0], [-1e308]], dtype=torch.float64)
-    forbids = torch.tensor([[10.0], [0.0]], dtype=torch.float64)  # row 0: q forbids token 1
+    forbids = torch.tensor([[10.0], [0.0]], dtype=torch.float64)  # in row 0, q of token 1 is 0
     teacher = HiddenTeacher(hidden=forbids, lm_head=far, weight=torch.ones(2))
     terms = token_columns(
         token_ids=torch.tensor([0, 1]),
@@ -410,7 +413,7 @@ def test_student_and_teacher_are_compared_on_numbers_one_can_check_by_hand():
     two = dict(zip(COMPARED, compare(p.log(), q.log(), k=2)[0].tolist(), strict=True))
     assert (
         two["overlap"] == 0.5
-    )  # token 0 is among both top twos; of the teacher's equal tokens the first is taken
+    )  # both top twos have token 0; of equally likely teacher tokens the first one is taken
     assert two["overlap_mass_student"] == 0.5 and two["overlap_mass_teacher"] == 0.25
     whole = dict(zip(COMPARED, compare(p.log(), q.log(), k=3)[0].tolist(), strict=True))
     kl = 0.5 * math.log(2) + 0.3 * math.log(1.2) + 0.2 * math.log(0.4)
@@ -426,4 +429,4 @@ def test_rows_that_only_pad_a_teachers_head_have_no_probability():
     for a, b in zip((*plain[:3], plain[3].kl), (*longer[:3], longer[3].kl), strict=True):
         assert torch.allclose(
             a, b, rtol=0, atol=1e-14
-        )  # products of other widths may round otherwise
+        )  # products of other widths may round differently

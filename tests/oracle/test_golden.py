@@ -1,7 +1,8 @@
-"""Published numbers of the objective's theory, from the production code on enumerated models.
+"""Published numbers of the objective's theory, reproduced by the production code on models whose
+sequences can be enumerated.
 
-The model of fixed length has 5 tokens and 3 steps, drawn by default_rng(0). The one with an end
-token has 3 tokens and the end, and at most 4 steps, drawn by default_rng(3); its teacher is the
+The model of fixed length has 5 tokens and 3 steps, drawn by default_rng(0). The model with an end
+token has 3 tokens besides it, and at most 4 steps, drawn by default_rng(3); its teacher is the
 student plus 1.5 N(0,1), its sampler the student plus 0.5 N(0,1). The weight of rewards is 2.
 """
 
@@ -52,7 +53,7 @@ def measured(
     values: Tensor | None = None,
     estimator: type[Estimator] = Estimator,
 ) -> Measured:
-    """The measured production gradient of hybrid with these options."""
+    """The production gradient of `hybrid` with these options, measured by enumeration."""
     world = World.fixed if mdp is MDP else World.ended
     settings = settings_of(
         Case(method="hybrid", options=options, world=world, group_size=group_size), SCOPE
@@ -114,7 +115,7 @@ def test_the_logit_gradient_sums_to_zero_over_the_vocabulary():
 
 
 class WholeReturn(Estimator):
-    """Every token is credited with the cost of the whole sequence, including earlier tokens."""
+    """Credits every token with the cost of the whole sequence, including earlier tokens."""
 
     def credit(self, batch, plan, members):
         cost = (
@@ -197,7 +198,7 @@ def test_where_student_and_teacher_agree_there_is_neither_gradient_nor_variance(
 
 
 class TokenScore(Estimator):
-    """Instead of dense imitation, a token's score has this coefficient, of c = log p - log q."""
+    """Replaces dense imitation by grad log p(y) times a function of c = log p - log q."""
 
     def credit(self, batch, plan, members):
         at, tokens = self._at(members)
@@ -346,7 +347,7 @@ def test_sequence_means_turn_the_gradient_and_token_means_turn_it_less_in_larger
 
 
 class LooksFirst(Estimator):
-    """Costs are always log p - log q of the learner, whose own log-probs are given."""
+    """Computes costs log p - log q always from the learner's own log-probs."""
 
     def credit(self, batch, plan, members):
         at, tokens = self._at(members)
@@ -417,7 +418,7 @@ def test_group_estimators_on_a_bandit_of_three_arms_scale_the_gradient(
 
 @pytest.mark.parametrize(("chance", "factor"), [(0.05, 2.47), (0.5, 1.86)])
 def test_grpo_scales_a_rare_reward_up(chance: float, factor: float):
-    """Exact over the 2^8 outcomes of a group of 8, through the production standardisation."""
+    """Exact over the 2^8 outcomes of a group of 8, with the production code's standardisation."""
     outcomes = torch.tensor(list(itertools.product((0.0, 1.0), repeat=8)), dtype=torch.float64)
     weight = (outcomes * math.log(chance) + (1 - outcomes) * math.log(1 - chance)).sum(1).exp()
     score = outcomes[:, 0] / chance - (1 - outcomes[:, 0]) / (1 - chance)
@@ -452,9 +453,8 @@ def test_the_optimum_of_the_objective_is_known_in_closed_form():
 def test_descent_ends_at_the_optimum_for_gamma_1_and_at_a_known_distance_below(
     gamma: float, gap: float, distance: float | None
 ):
-    """The published gaps after 4000 plain steps, up to 0.001 above their limit.
-
-    Steps that are divided by the visits of each prefix reach it in 400.
+    """The published gaps were measured after 4000 plain steps, up to 0.001 above their limit. Steps
+    that are divided by the visits of each prefix reach the limit in 400.
     """
     settings = settings_of(Case(method="hybrid", options=(f"gamma={gamma}",)), SCOPE)
     everything = torch.arange(125)[:, None]

@@ -1,4 +1,4 @@
-"""The oracle on the production code, and on code that is wrong on purpose, which it must detect."""
+"""The oracle on the production code, and on deliberately wrong code, which it must detect."""
 
 import json
 from dataclasses import replace
@@ -74,7 +74,7 @@ def with_sparse(credit: Credit, sparse: torch.Tensor) -> Credit:
 
 
 class TokenLoss(Estimator):
-    """Autograd through a function of c = log p(y) - log q(y), as in many systems."""
+    """Uses autograd of a function of c = log p(y) - log q(y), as many systems do."""
 
     def loss(self, hidden, lm_head, rows, terms):
         logp = torch.log_softmax(hidden @ lm_head.T, -1).gather(1, terms.token_ids[:, None])[:, 0]
@@ -95,7 +95,7 @@ class K3(TokenLoss):
 
 
 class StateAdvantage(Estimator):
-    """The KL over the K most likely tokens as the advantage of the sampled token."""
+    """Uses the KL over the K most likely tokens as the advantage of the sampled token."""
 
     def credit(self, batch, plan, members):
         p, q = (self.mdp.logp(table).exp() for table in (self.mdp.student, self.mdp.teachers[0]))
@@ -124,7 +124,7 @@ class TenTimes(Estimator):
 
 
 class DiscountedReward(Estimator):
-    """gamma^(T-t) on the terminal reward: with gamma = 0 only the last token gets it."""
+    """Multiplies the terminal reward by gamma^(T-t); with gamma = 0 only the last token gets it."""
 
     def credit(self, batch, plan, members):
         credit = super().credit(batch, plan, members)
@@ -136,7 +136,7 @@ class DiscountedReward(Estimator):
 
 
 class SelfInBaseline(Estimator):
-    """A baseline that includes the sample itself, instead of leave-one-out."""
+    """Uses a baseline that includes the sample itself, instead of leave-one-out."""
 
     def credit(self, batch, plan, members):
         k = batch.rollout.group_size
@@ -228,7 +228,7 @@ def test_k2_as_a_loss_is_the_reverse_and_k3_the_forward_kl():
 
 
 class SamplersCost(Estimator):
-    """The imitation cost of a token by the sampler's log-prob of it, not the learner's."""
+    """Computes the imitation cost of a token from the sampler's log-prob, not the learner's."""
 
     def __init__(self, settings, mdp, values=None):
         super().__init__(settings, mdp, values)
@@ -294,7 +294,7 @@ def test_the_learners_log_probs_are_computed_before_an_update_only_where_the_sam
     for method in ("opd", "grpo", "reinforce_kl", "reinforce_pp"):
         needs = make_objective(load_config([*settings, f"algorithm={method}"])).needs
         assert needs.learner_logprobs is differs
-    for method in ("hybrid", "opd_full", "rloo"):  # no cost of a drawn token enters their gradient
+    for method in ("hybrid", "opd_full", "rloo"):  # their gradient has no cost of a drawn token
         needs = make_objective(load_config([*settings, f"algorithm={method}"])).needs
         assert not needs.learner_logprobs
 
@@ -303,12 +303,12 @@ def test_the_learners_log_probs_are_computed_before_an_update_only_where_the_sam
 
 
 def after(start: Mdp, student: torch.Tensor) -> Mdp:
-    """The student has moved since its batch was sampled near `start.student`."""
+    """A model whose student has moved since its batch was sampled near `start.student`."""
     return replace(start, student=student, old=start.student)
 
 
 def gradients(case: Case, mdp: Mdp, estimator: type[Estimator] = Estimator) -> tuple:
-    """[P, V] each: the mean of the estimated gradient, and the gradient of the claim."""
+    """The mean of the estimated gradient, and the gradient that the case claims; each [P, V]."""
     settings = settings_of(case, Scope())
     found = measure(estimator(settings, mdp), written_by(settings.algorithm), case.group_size)
     return found.mean, claim(case, settings, mdp).gradient()
@@ -330,7 +330,7 @@ NEARBY_CLIP = ("normalizer=constant", "ratio.kind=clip", "ratio.low=0.2", "ratio
     ids=lambda case: f"{case.method} {case.options}",
 )
 def test_with_the_sampler_away_every_update_of_a_batch_points_downhill(case: Case, learned: float):
-    """Four updates on the batch of a sampler whose logits are 0.3 N(0, 1) from the student's."""
+    """Four updates on a batch of a sampler whose logits are the student's plus 0.3 N(0, 1)."""
     start = Scope().mdp(case.world, sampler_distance=0.3, learned=learned)
     student = start.student
     step = 0.0
@@ -343,7 +343,7 @@ def test_with_the_sampler_away_every_update_of_a_batch_points_downhill(case: Cas
 
 
 class OldCost(Estimator):
-    """Costs of the student before the batch's first update."""
+    """Uses the costs of the student before the first update of the batch."""
 
     def credit(self, batch, plan, members):
         at, tokens = self._at(members)
@@ -352,7 +352,7 @@ class OldCost(Estimator):
 
 
 def test_costs_of_the_student_before_a_batch_would_lead_later_updates_away_from_the_teacher():
-    """The updates of a batch have led the student 1 % past the teacher."""
+    """The earlier updates of the batch have moved the student 1 % beyond the teacher."""
     case = Case(method="opd", options=PER_TOKEN, target=SEMI, **TWO_UPDATES)
     start = Scope().mdp(case.world, sampler_distance=0.3)
     past = start.student + 1.01 * (start.teachers[0] - start.student)

@@ -1,5 +1,5 @@
-"""`hybridrl check` of a user's own code: correct code passes, and code that is wrong on purpose is
-found, with the size of its bias.
+"""`hybridrl check` of a user's own code: correct code passes, and deliberately wrong code is
+reported with the size of its bias.
 """
 
 import json
@@ -60,7 +60,9 @@ class Score(PairLoss):
 
 
 SMALL = Scope(ended=3)
-"""Fifteen sequences, for estimators that read a group of two: 225 groups, in place of 14641."""
+"""A scope of fifteen sequences for estimators that read groups of two, which has 225 groups instead
+of 14641.
+"""
 
 
 def checked(folder: Path, *settings: str) -> list[Row]:

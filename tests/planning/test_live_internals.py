@@ -12,7 +12,7 @@ def test_bytes_are_counted_while_their_tensors_exist_and_views_and_weights_are_n
         weight = torch.ones(4)
         with LiveBytes([weight]) as live:
             first = weight + 1  # 16 bytes
-            second = first * 2  # 16 more
+            second = first * 2  # 16 bytes more
             del first
             view = second[:2]
             outer = weight.view(2, 2)

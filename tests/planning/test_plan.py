@@ -1,5 +1,5 @@
-"""The plan's arithmetic. Golden numbers are those of Qwen2.5-7B: 7.616e9 parameters, 152064 tokens,
-H 3584, with a teacher of 32B.
+"""The arithmetic of the plan. Expected numbers are for Qwen2.5-7B, with 7.616e9 parameters, 152064
+tokens and hidden size 3584, and a teacher of 32B.
 """
 
 from collections.abc import Sequence
@@ -38,13 +38,13 @@ def planned(
     teacher: str = "qwen2.5-32b",
     overrides: Sequence[str] = (),
 ) -> Plan:
-    """The plan of a shipped experiment with the configs of this folder, on 80 GB GPUs."""
+    """The plan of a shipped experiment on 80 GB GPUs, with models whose configs are in models/."""
     return plan_of_shipped(name, student, teacher, tuple(overrides))
 
 
 @cache
 def plan_of_shipped(name: str, student: str, teacher: str, overrides: tuple[str, ...]) -> Plan:
-    """`planned`, made once for all tests."""
+    """The result of `planned`, cached for all tests."""
     paths = [f"model.path={MODELS / student}", f"teachers.main.path={MODELS / teacher}"]
     settings = load_config(["run.dir=x", f"experiment={name}", *paths, *overrides])
     return make_plan(settings, device="cuda", device_bytes=79 * GIB)
@@ -97,7 +97,7 @@ def test_a_rank_holds_its_share_of_weights_gradients_and_optimizer(width, stage,
 def test_what_is_offloaded_is_in_host_memory_instead(stage, offload, device, host):
     shared = {"width": 2, "stage": stage, "micro_batches": 4, "largest": 152064 * 3584}
     one = zero_bytes(P7, ranks=1, offload=offload, **shared)
-    kept = one.always if stage < 3 else 0  # the bucket of stage 3 stays
+    kept = one.always if stage < 3 else 0  # of the rest, stage 3 keeps its bucket
     assert (one.weights + one.gradients + one.optimizer + kept) / GIB == pytest.approx(device, 0.01)
     assert one.host / GIB == pytest.approx(host, 0.001)
     eight = zero_bytes(P7, ranks=8, offload=offload, **shared)
@@ -107,7 +107,7 @@ def test_what_is_offloaded_is_in_host_memory_instead(stage, offload, device, hos
 
 
 def test_beside_adapters_the_weights_have_neither_gradients_nor_an_optimizer():
-    adapters = 40_370_176  # of rank 16 in the seven linear layers of each of 28 decoder layers
+    adapters = 40_370_176  # rank 16, in the seven linear layers of each of 28 decoder layers
     plan = planned("qwen7b_from_32b_8gpu", overrides=["lora.rank=16"])
     assert (plan.sizes.trained, plan.sizes.frozen) == (adapters, P7)
     shared = {"width": 2, "micro_batches": 1, "frozen": P7}
@@ -132,7 +132,7 @@ def test_adapters_by_themselves_are_all_that_a_step_sends():
     merged = planned("qwen7b_from_32b_8gpu", overrides=asked[:1])
     (sent,) = (edge for edge in alone.edges if edge.what == "weights")
     assert sent.nbytes == 2 * adapters * alone.settings.rollout.engines  # 81 MB each
-    assert alone.store_bytes == merged.store_bytes + 2 * adapters  # in the place of nccl
+    assert alone.store_bytes == merged.store_bytes + 2 * adapters  # it is used instead of nccl
     assert alone.disk_bytes == merged.disk_bytes
     (room,) = (part for part in alone.parts if part.part == "adapters")
     assert (room.worker, room.nbytes) == ("rollout", 2 * adapters)
@@ -156,11 +156,11 @@ def test_a_teacher_that_shares_the_learners_base_needs_no_device_of_its_own():
         ("learner", "rollout"),
     }
     assert shared.store_bytes < apart.store_bytes
-    # The learner makes the scorer's forward pass, divided among its ranks.
+    # The learner computes the scorer's forward pass, divided among its ranks.
     assert shared.seconds.score == 0
     more = shared.seconds.learn - apart.seconds.learn
     assert more == pytest.approx(apart.seconds.score / shared.settings.learner.ranks)
-    # Where the weights are whole, the output embedding is not copied either.
+    # If the weights are not sharded, the output embedding is not copied either.
     whole = [*asked, "learner.zero_stage=2"]
     apart, shared = (planned(name, overrides=o) for o in (whole, [*whole, share]))
     assert apart.peak("learner") - shared.peak("learner") == 152064 * 3584 * 2
@@ -204,7 +204,7 @@ def test_adapters_keep_their_inputs_and_no_more_than_the_layers_without_them_did
 
 
 def test_diagnostics_have_the_gradients_of_both_terms_whole_on_every_rank():
-    """Two sums in float32 and what a backward pass returns in bfloat16: 4 P + 4 P + 2 P."""
+    """Two sums in float32 and the result of a backward pass in bfloat16: 4 P + 4 P + 2 P."""
     eight = ["learner.ranks=8", "learner.zero_stage=2"]
     check_fit(planned("qwen7b_from_32b_8gpu", overrides=eight))
     diagnosed = planned("qwen7b_from_32b_8gpu", overrides=[*eight, "diagnostics.every=10"])
@@ -217,8 +217,8 @@ def test_diagnostics_have_the_gradients_of_both_terms_whole_on_every_rank():
 
 
 def test_diagnostics_compare_student_and_teacher_beside_sharded_weights_too():
-    """Eight matrices of 1024 x 152064, and for the 16384 response tokens of a micro-batch the
-    teacher's hidden states of 5120 numbers.
+    """Eight matrices of 1024 x 152064, and the teacher's hidden states of 5120 numbers for the
+    16384 response tokens of a micro-batch.
     """
     plan = planned("qwen7b_from_32b_8gpu", overrides=["diagnostics.every=10"])
     parts = {p.part: p.nbytes for p in plan.of_worker("learner") if p.phase == "diagnose"}
@@ -246,9 +246,9 @@ def test_communication_beside_the_backward_pass_needs_a_second_bucket_in_stage_2
 
 @pytest.mark.parametrize(
     ("width", "micro_batches", "times"),
-    # Of DeepSpeed 0.19.8 on one rank, 12.0 P were measured in bfloat16: the share's sum in float32,
-    # the bucket, its parts side by side and these widened. In float32 a further sum takes their
-    # place, from the second micro-batch on.
+    # With DeepSpeed 0.19.8 on one rank, 12.0 P were measured in bfloat16: the sum of the rank's
+    # shard in float32, the bucket, its parts joined, and these in float32. With a model in float32
+    # there is another sum instead of the latter, from the second micro-batch on.
     [(2, 1, 4 + 2 + 2 + 4), (2, 2, 12), (4, 1, 4 + 4 + 4), (4, 2, 16)],
 )
 def test_stage_2_sums_a_bucket_beside_the_sum_so_far(width, micro_batches, times):
@@ -257,7 +257,9 @@ def test_stage_2_sums_a_bucket_beside_the_sum_so_far(width, micro_batches, times
 
 
 def test_buckets_of_gradients_are_summed_beside_the_activations_from_stage_2_on():
-    """Of 500 M numbers: two buckets, their parts and these widened; in stage 3 the parts alone."""
+    """Buckets have 500 M numbers: two buckets, their parts and these in float32; in stage 3 the
+    parts alone.
+    """
     buckets = {2: (2 + 2 + 2 + 4) * 500_000_000, 3: (4 + 4) * 500_000_000 + 2 * 10**9, 1: 0}
     for stage, buffers in buckets.items():
         asked = ["learner.ranks=8", f"learner.zero_stage={stage}"]
@@ -269,7 +271,7 @@ def test_buckets_of_gradients_are_summed_beside_the_activations_from_stage_2_on(
 
 
 def test_teachers_of_whom_the_drawn_token_alone_is_known_have_no_part_in_the_pass_over_the_rows():
-    """Of top-K scores plain torch has six matrices of 1024 x 152064 float32."""
+    """For top-K scores plain torch needs six matrices of 1024 x 152064 in float32."""
     top = ["algorithm=opd_full", "algorithm.support=topk", "algorithm.topk.k=16"]
 
     def head_pass(*overrides: str) -> int:
@@ -305,7 +307,9 @@ def test_offloading_is_a_remedy_on_gpus_alone():
 
 
 def shared(*overrides: str) -> Plan:
-    """A 7B student alone with a reward, on two GPUs that learner and engines share."""
+    """The plan of a 7B student with a reward and no teacher, on two GPUs that learner and engines
+    share.
+    """
     settings = load_config(
         [
             "run.dir=x",
@@ -362,7 +366,7 @@ def test_without_turns_the_same_workers_do_not_fit_and_turns_are_the_remedy():
 
 
 def test_no_remedy_has_more_ranks_than_a_step_has_prompts():
-    """The embeddings of a 7B student alone, whole and on their way, take 4 GiB."""
+    """The embeddings of a 7B student alone, gathered and in transit, take 4 GiB."""
     name = "qwen7b_from_32b_8gpu"
     for prompts in (4, 64):
         asked = (f"train.prompts_per_step={prompts}", "rollout.groups_per_chunk=1")
@@ -441,7 +445,7 @@ def test_a_teacher_of_72b_fits_two_devices_and_the_refusal_of_one_names_them():
 
 
 def test_a_teacher_that_an_engine_of_the_student_cannot_hold_is_refused_before_it_is_measured():
-    """32B in bfloat16 has 61.0 GiB of weights, and an engine 0.5 of 79 GiB, or 0.85."""
+    """A 32B model has 61.0 GiB of weights in bfloat16; an engine may use 0.5 or 0.85 of 79 GiB."""
     name = "qwen7b_from_32b_8gpu"
     measured = ("eval.teacher=true", "rollout.gpu_memory_utilization=0.5")
     message = r"^eval\.teacher=true: teachers\.main does not fit .* \(weights 61\.0 GiB\); set eval"
@@ -457,7 +461,9 @@ def test_a_teacher_that_an_engine_of_the_student_cannot_hold_is_refused_before_i
 
 
 def test_the_copy_of_a_checkpoint_in_the_background_is_in_the_hosts_memory():
-    """Three numbers of 4 bytes for each of 7,615,616,512 parameters, divided among four ranks."""
+    """It has three numbers of 4 bytes for each of 7,615,616,512 parameters, divided among four
+    ranks.
+    """
     line = "host memory of each learner rank, while a checkpoint is written: 21.3 GiB"
     assert P7 == 7_615_616_512 and round(3 * 4 * P7 / 4 / GIB, 1) == 21.3
     name = "qwen7b_from_32b_8gpu"
@@ -507,7 +513,7 @@ def test_each_child_process_of_a_reward_worker_has_every_reward_model():
 
 
 def test_a_reward_model_on_a_gpu_has_one_of_its_own():
-    """The 7B model as its own judge, in bfloat16: the body is P less the output embedding."""
+    """The judge is the 7B model itself in bfloat16, without its output embedding."""
     options = f"{{path: {MODELS / 'qwen2.5-7b'}, dtype: bfloat16}}"
     judge = f"+reward.functions.judge={{function: reward_model, options: {options}}}"
     name = "qwen7b_from_32b_8gpu"
@@ -535,12 +541,12 @@ def test_bytes_of_a_step_are_those_that_the_workers_count():
 
 
 def responses_of(plan: Plan) -> int:
-    """Bytes of a step's responses."""
+    """The planned bytes of a step's responses."""
     return next(edge.nbytes for edge in plan.edges if edge.what == "responses")
 
 
 def test_pairs_of_the_students_own_are_made_of_all_its_responses_to_a_prompt():
-    """And those of the data are two."""
+    """Pairs of the data are made of two responses."""
     of_student = [
         responses_of(quickstart("algorithm=dpo", "algorithm.data_fraction=0", samples))
         for samples in ("train.samples_per_prompt=2", "train.samples_per_prompt=8")
@@ -553,7 +559,7 @@ def test_pairs_of_the_students_own_are_made_of_all_its_responses_to_a_prompt():
 
 
 def test_the_object_store_holds_all_waves_that_a_step_may_draw():
-    """dapo draws again while too few groups differ in their rewards, here twice at most."""
+    """dapo draws again while too few groups have different rewards, here at most twice."""
     once = quickstart("algorithm=dapo", "algorithm.dynamic_sampling=0")
     thrice = quickstart("algorithm=dapo", "algorithm.dynamic_sampling=2")
     assert thrice.store_bytes - once.store_bytes == 2 * responses_of(once)
@@ -583,5 +589,7 @@ def test_a_plan_needs_the_lengths():
     ],
 )
 def test_the_learners_own_passes_before_its_updates_are_counted(overrides, passes):
-    """grpo has costs of drawn tokens, which are computed anew before each update, and dapo none."""
+    """grpo has costs of drawn tokens, which are computed again before each update; dapo has
+    none.
+    """
     assert views(quickstart(*overrides).sizes) == passes

@@ -1,12 +1,13 @@
 """The recipes at the papers' own scale, conf/experiment/*gpu.yaml: each plan fits the GPUs that the
-file's name states, and rows in the published columns of its data are read and scored.
+file's name states, and rows with the columns of its published data are read and scored.
 
-The numbers of a model can be checked by hand. With V words, hidden size H, L layers, keys of W
-numbers and a feed-forward part of F, a model of Llama's kind with tied embeddings has
+The number of parameters can be checked by hand. With V tokens, hidden size H, L layers, key width W
+and feed-forward width F, a Llama model with tied embeddings has
 
     V H + L (2 H H + 2 H W + 3 H F + 2 H) + H
 
-Untied ones have V H more, and Qwen2.5 has biases of H + 2 W in each layer. Of Qwen2.5-1.5B:
+parameters. Untied embeddings add V H, and Qwen2.5 has biases of H + 2 W in each layer.
+Qwen2.5-1.5B:
 
     151936 x 1536 + 28 x 46_797_824 + 1536 = 1_543_714_304
 """
@@ -40,18 +41,18 @@ LLAMA_8B = 8_030_261_248
 
 
 class Recipe(NamedTuple):
-    """What a recipe should be planned as."""
+    """The expected plan of a recipe."""
 
-    student: str  # folder of tests/planning/models
-    teacher: str | None  # None: the student before training, or none at all
+    student: str  # a folder of tests/planning/models
+    teacher: str | None  # None: the student before training, or no teacher
     gpus: int
-    numbers: int  # parameters of the student
-    scored_by: int | None  # parameters of the teacher that scores; None: there is none
-    more: tuple[str, ...] = ()  # settings of another arm, which its comment names
+    numbers: int  # number of parameters of the student
+    scored_by: int | None  # number of parameters of the teacher that scores; None: there is none
+    more: tuple[str, ...] = ()  # settings of another arm, which the recipe's comment names
 
 
 OF_STUDENTS_CLASS = ("algorithm=grpo", "algorithm.imitation_weight.value=0.001")
-"""The settings that make an expert, without the teacher's path."""
+"""The settings that train an expert, without the teacher's path."""
 
 EIGHT = "llama-3-8b"
 RECIPES = [
@@ -121,14 +122,16 @@ def test_an_arm_that_a_recipes_comment_names_has_its_own_weight_of_imitation(
 
 def test_every_recipe_of_the_papers_is_tested() -> None:
     files = {path.stem for path in (ROOT / "conf" / "experiment").glob("*gpu.yaml")}
-    plans = {name for name in files if "_from_" in name}  # tests/planning/test_plan.py has them
+    plans = {name for name in files if "_from_" in name}  # tested in tests/planning/test_plan.py
     assert files - plans == {name for name, _ in RECIPES}
 
 
 def test_a_recipe_with_adapters_sends_them_alone_as_small_steps_are_rounded_away_when_merged() -> (
     None
 ):
-    """At 0.02 bfloat16 has a spacing of 2^-13 = 1.2e-4; a sum with less than half of it is W."""
+    """At a weight W of 0.02, bfloat16 has a spacing of 2^-13 = 1.2e-4; adding less than half of it
+    leaves W unchanged.
+    """
     weight = torch.tensor([[0.02]], dtype=torch.bfloat16)
     one = torch.ones(1, 1, dtype=torch.bfloat16)
     assert torch.equal(merged(weight, one, one, scale=8e-6), weight)
@@ -154,7 +157,7 @@ THINK = "User: Using the numbers [2, 3, 4], create an equation that equals 20. A
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte, and the special tokens of both templates."""
+    """A tokenizer with one token for each byte, and the special tokens of both templates."""
     alphabet = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(alphabet, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -177,7 +180,7 @@ def read(
     columns: dict[str, Any],
     folder: Path,
 ) -> tuple[list[tuple[str, ...]], dict[str, list[Any]]]:
-    """The prompts with their responses as the model reads them, and the columns of the rows."""
+    """The prompts and responses as the model reads them, decoded, and the columns of the rows."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = load(str(path), "train", None, columns)
@@ -198,7 +201,7 @@ def read(
 
 
 def countdown_row(numbers: list[int], target: int) -> dict[str, Any]:
-    """A row that TinyZero's script writes."""
+    """A row in the form that TinyZero's script writes."""
     return {
         "target": target,
         "nums": numbers,
@@ -264,7 +267,7 @@ def test_published_rows_of_a_recipe_are_read_and_scored(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(ROOT)  # of data.chat_template_file
+    monkeypatch.chdir(ROOT)  # data.chat_template_file is a relative path
     settings = settings_of(name)
     texts, columns = read(settings, rows, settings.data.columns, tmp_path)
     assert texts[0] == (prompt,)

@@ -1,5 +1,5 @@
-"""How many sequences of which length a worker of the quickstart has at once: 96 prompts of 4
-responses, with 48 tokens each and 16 of the response.
+"""How many sequences of which length a worker of the quickstart processes at once. The quickstart
+has 96 prompts with 4 responses; a sequence has 48 tokens, 16 of them in the response.
 """
 
 import numpy as np
@@ -20,7 +20,9 @@ from tests.planning.test_plan import quickstart, responses_of
     ],
 )
 def test_sequences_shorter_than_the_limit_fill_the_budget_of_a_micro_batch(limits, load):
-    """As micro_batches puts together 384 sequences of any lengths with a budget of 16384 tokens."""
+    """The load is that of micro_batches for 384 sequences of any lengths, with a budget of 16384
+    tokens.
+    """
     limit, response = limits
     lengths = [f"rollout.max_model_len={limit}", f"rollout.max_new_tokens={response}"]
     sizes = quickstart(*lengths, "train.max_tokens_per_micro_batch=16384").sizes
@@ -38,7 +40,7 @@ def test_sequences_shorter_than_the_limit_fill_the_budget_of_a_micro_batch(limit
 
 
 def test_a_rank_with_few_sequences_has_no_more_than_these():
-    """Two groups of 4 responses, of 48 tokens each with 16 of the response."""
+    """The rank has two groups of 4 sequences of 48 tokens, of which 16 are in the response."""
     sizes = quickstart("train.prompts_per_step=2").sizes
     assert (sizes.of_micro_batch, sizes.micro_batches) == ((8, 48, 8 * 16), 1)
     apart = quickstart("train.prompts_per_step=2", "train.max_tokens_per_micro_batch=100").sizes
@@ -46,7 +48,9 @@ def test_a_rank_with_few_sequences_has_no_more_than_these():
 
 
 def test_several_updates_of_a_batch_need_the_memory_of_one_and_the_time_of_every_epoch():
-    """96 prompts of 4 responses: at once 384 sequences, and of 4 mini-batches 96 each."""
+    """96 prompts with 4 responses are 384 sequences in one update, or 96 in each of 4
+    mini-batches.
+    """
     one = quickstart("train.max_tokens_per_micro_batch=65536")
     several = quickstart("train.max_tokens_per_micro_batch=65536", "train.updates_per_batch=4")
     loads = [plan.sizes.of_micro_batch for plan in (one, several)]
@@ -58,7 +62,9 @@ def test_several_updates_of_a_batch_need_the_memory_of_one_and_the_time_of_every
 
 
 def test_responses_of_the_data_are_one_chunk_and_limited_by_the_length_with_their_prompt_alone():
-    """96 pairs of 48 tokens, of which 47 may be the response; the student's own have 16."""
+    """There are 96 pairs with sequences of 48 tokens, of which 47 may be in the response; responses
+    of the student have 16.
+    """
     pairs = ["algorithm=dpo", "+data.options.responses=pair", "rollout.groups_per_chunk=2"]
     data = quickstart(*pairs)
     assert (data.sizes.of_chunk, data.sizes.response) == (96 * 2, 47)
@@ -71,13 +77,13 @@ def test_responses_of_the_data_are_one_chunk_and_limited_by_the_length_with_thei
     mixed = quickstart("algorithm=gkd", "rollout.groups_per_chunk=2").sizes
     assert 0 < mixed.by_data < 96 and mixed.response == 47
     assert mixed.chunks == -(-(96 - mixed.by_data) // 2) + 1
-    # Engines sample no longer responses for all that, and their prompts are no shorter.
+    # The engines' own prompts and responses keep their lengths.
     sampled = quickstart("algorithm=dpo", "algorithm.data_fraction=0", "train.samples_per_prompt=2")
     assert data.of_worker("rollout") == sampled.of_worker("rollout")
 
 
 def test_a_learner_on_a_cpu_keeps_attention_scores_of_short_sequences_and_not_of_long_packs():
-    """48 tokens are few enough for attention by products, and a pack of 16384 is not."""
+    """48 tokens are few enough for attention by matrix products, but a pack of 16384 is not."""
     narrow = quickstart("model.dtype=bfloat16", "++teachers.main.dtype=bfloat16").sizes
     padded = learner_pass(narrow)
     assert padded.plain_attention and (padded.sequences, padded.tokens) == (342, 48)

@@ -1,4 +1,6 @@
-"""The optimizer's state is written while the next step runs, or before it begins."""
+"""The optimizer's state is written in the background of the next step, or before the step
+begins.
+"""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +21,7 @@ LIMIT_S = 60.0
 
 
 ALONE = SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1)
-"""A group of one rank."""
+"""A stand-in for a process group of one rank."""
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def written(folder: Path) -> list[float]:
 def test_a_copy_is_written_while_the_weights_go_on(
     weights: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The disk begins to write once the next step has been taken."""
+    """The file is written only after the next step has been taken."""
     stepped = threading.Event()
     write: Callable[[Path, int, int, Sequence[Fragment]], SavedFile] = optimizer_state.write_sealed
 

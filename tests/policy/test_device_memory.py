@@ -1,4 +1,4 @@
-"""A storage is emptied and filled again under the views of it."""
+"""A tensor's storage is emptied and filled again, while views of it exist."""
 
 import torch
 
@@ -34,7 +34,7 @@ def test_host_memory_is_used_again_and_what_came_since_is_released_too():
 
 
 def test_memory_of_another_device_stays():
-    """As that of an optimizer that learner.offload holds in host memory."""
+    """For example the state of an optimizer that learner.offload keeps in host memory."""
     memory = DeviceMemory(torch.device("cuda"))
     state = torch.tensor([1.0])
     memory.release([state], [state])

@@ -1,8 +1,8 @@
-"""The real Learner, with DeepSpeed, gloo and ranks in their own processes, against plain autograd
-and against itself.
+"""The real Learner, with DeepSpeed, gloo and ranks in their own processes, compared with plain
+autograd and with itself.
 
-Five process groups serve all tests: two ranks that go through ZeRO 1, 2 and 3 in turn, two that
-offload, one rank, two ranks again, and three.
+Five process groups serve all tests: two ranks that use ZeRO 1, 2 and 3 in turn, two that offload,
+one rank, two ranks again, and three.
 """
 
 import json
@@ -104,8 +104,8 @@ def result(folder: Path, case: str) -> dict:
 
 
 def next_steps(folder: Path, case: str) -> tuple[list[object], list[object]]:
-    """Digest, loss and gradient norm of the step after the second, of the learner that took both
-    and of one that was loaded from its checkpoint, with its bits.
+    """Digest, loss and gradient norm of the third step, of the learner that took the first two, and
+    of a learner that was loaded from its checkpoint.
     """
     saved, loaded = result(folder, case), result(folder, f"{case}-loaded")
     assert loaded["digest"] == saved["digest"] and loaded["optimizer_steps"] == 2
@@ -118,7 +118,7 @@ def next_steps(folder: Path, case: str) -> tuple[list[object], list[object]]:
 
 
 def weight_distance(folder: Path, case: str, other: str | dict[str, Tensor]) -> float:
-    """The largest difference between any two weights."""
+    """The largest difference between corresponding weights of two cases."""
     found = load_file(folder / f"{case}.safetensors")
     expected = load_file(folder / f"{other}.safetensors") if isinstance(other, str) else other
     assert found.keys() == expected.keys()
@@ -131,8 +131,8 @@ def weight_distance(folder: Path, case: str, other: str | dict[str, Tensor]) -> 
 def written_out_loss(
     model: nn.Module, teacher_head: Tensor, *, dense: bool = True, sparse: bool = True
 ) -> Tensor:
-    """The sum over response tokens of (sum_v p (log p - log q) + G log p(y)) / R, computed one
-    sequence at a time in plain torch.
+    """The sum over the R response tokens of (sum_v p (log p - log q) + G log p(y)) / R, computed in
+    plain torch, one sequence at a time.
     """
     batch, _, scores = chunk_of(0, 4)
     costs = credit().columns.sparse
@@ -242,10 +242,10 @@ def test_two_steps_are_two_steps_of_a_plain_training_loop(folder: Path):
 @pytest.mark.parametrize(
     "case",
     [
-        "one-each",  # one sequence a micro-batch, without padding, and an idle one
-        "packed",  # one after the other in a single row, without padding
+        "one-each",  # one sequence per micro-batch, without padding, and one empty micro-batch
+        "packed",  # all sequences in a single row, without padding
         "chunks",  # the batch arrives as two chunks
-        "zero1",  # two ranks with shards of 6 and 2 sequences, one sequence a micro-batch
+        "zero1",  # two ranks with shards of 6 and 2 sequences, one sequence per micro-batch
         "zero2",
         "zero3",
     ],
@@ -271,7 +271,7 @@ def test_a_group_taken_out_changes_nothing(folder: Path):
 def test_a_response_of_two_turns_is_learned_as_each_turn_after_all_that_came_before_it(
     folder: Path,
 ):
-    """The tokens of an observation are read only: they have no cost and are not counted."""
+    """The tokens of an observation are only read: they have no cost and are not counted."""
     together, apart = result(folder, "two-turns"), result(folder, "turns-apart")
     assert together["loss"] == pytest.approx(apart["loss"], abs=1e-5)
     assert together["grad_norm"] == pytest.approx(apart["grad_norm"], rel=1e-4)
@@ -283,7 +283,7 @@ def test_a_response_of_two_turns_is_learned_as_each_turn_after_all_that_came_bef
 
 
 def drawn_logprobs(model: nn.Module, i: int) -> tuple[Tensor, Tensor]:
-    """Of sequence i of GROUPS, at its response tokens: log p(y) [T], and log p [T, V]."""
+    """log p(y) [T] and log p [T, V] at the response tokens of sequence i of GROUPS."""
     batch, _, _ = chunk_of(0, 4)
     ids = torch.from_numpy(batch.trajectory(i).input_ids).long()
     first = len(ids) - int(batch.response_lengths[i])
@@ -294,8 +294,8 @@ def drawn_logprobs(model: nn.Module, i: int) -> tuple[Tensor, Tensor]:
 def clipped_loss(
     model: nn.Module, teacher_head: Tensor, old: list[Tensor], groups: tuple[int, ...]
 ) -> Tensor:
-    """The mean over a mini-batch's tokens of sum_v p (log p - log q), plus PPO's clipped objective
-    of the cost -R times min(p_old / mu, 2).
+    """The mean over the tokens of a mini-batch of sum_v p (log p - log q), plus PPO's clipped
+    objective for the cost -R, times min(p_old / mu, 2).
     """
     batch, rewards, scores = chunk_of_other_sampler()
     rows = torch.from_numpy(scores.rows).split(batch.response_lengths.tolist())
@@ -351,7 +351,7 @@ def test_a_rank_reports_the_tokens_of_all_its_updates_and_what_took_memory_since
     folder: Path, case: str, tokens: int
 ):
     """The mini-batches have 10 and 12 response tokens, of which the first of two ranks has 5 and 6,
-    and each is learned from twice. After the first batch weights are packed.
+    and each is used twice. After the first batch the weights are packed.
     """
     assert result(folder, case)["work"] == [[tokens, ["learn"]]]
     assert result(folder, f"{case}-straight")["work"] == [[tokens, ["learn", "sync"]]]
@@ -373,7 +373,7 @@ def test_two_updates_of_a_batch_are_two_batches_of_one_update_bit_for_bit(folder
 def test_an_update_without_a_finite_gradient_is_left_out_and_the_rest_of_the_batch_goes_on(
     folder: Path,
 ):
-    """Mini-batch 1 has a NaN reward, and the order is 0, 1, 1, 0."""
+    """Mini-batch 1 has a NaN reward; the order of updates is 0, 1, 1, 0."""
     found = result(folder, "two-left-out")
     assert found["digest"] == result(folder, "two-of-one")["digest"]
     assert found["unlearned"] == [1] and found["metrics"][0]["train/updates"] == 2.0
@@ -515,8 +515,8 @@ def test_a_value_head_learns_and_is_exported_alike_whether_parameters_are_sharde
 def test_distances_from_a_teacher_are_summed_where_the_student_computes(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """A process group for GPUs refuses tensors on the CPU, and micro-batches come from host memory.
-    Here the meta device stands for the GPU.
+    """A process group for GPUs refuses CPU tensors, and micro-batches come from host memory. Here
+    the meta device stands for the GPU.
     """
 
     def all_reduce(sums: Tensor) -> None:
@@ -562,8 +562,8 @@ def test_a_step_after_loading_is_bit_for_bit_the_step_that_would_have_come(folde
 def test_a_learner_without_its_optimizer_looks_and_sends_as_before_and_then_learns_as_it_would_have(
     folder: Path, case: str
 ):
-    """The step after it, "straight", is the one of a learner that was loaded and released nothing,
-    bit for bit (the test above).
+    """The step after the optimizer is acquired again, "straight", equals bit for bit that of a
+    loaded learner, which released nothing (the test above).
     """
     turn = result(folder, f"{case}-turn")
     held, released, again = turn["bytes"]
@@ -574,7 +574,9 @@ def test_a_learner_without_its_optimizer_looks_and_sends_as_before_and_then_lear
 
 
 def test_a_step_without_a_token_to_learn_from_leaves_the_weights_as_they_are(folder: Path):
-    """As where all groups of a batch have equal rewards; Adam's momentum would move them."""
+    """This happens if all groups of a batch have equal rewards; Adam's momentum would move the
+    weights.
+    """
     before, after = result(folder, "fourth-dropped"), result(folder, "nothing-left")
     assert after["digest"] == before["digest"]
     assert after["work"][0][0] == 0, "it learned from no token"
@@ -585,8 +587,8 @@ def test_another_job_of_a_learner_is_bit_for_bit_that_of_a_new_one(folder: Path,
     new, begun = result(folder, case), result(folder, f"{case}-begun")
     assert begun["digest"] == new["digest"] and begun["optimizer_steps"] == 0
     assert begun["metrics"] == new["metrics"]
-    # The number of tokens of each rank and step, and the phases whose peak memory is in its row:
-    # that of sending weights in the job before is in none.
+    # The number of tokens of each rank and step, and the phases of its peak memory, which do not
+    # include the sending of weights in the previous job.
     assert begun["work"] == new["work"]
 
 
@@ -605,7 +607,7 @@ def test_ranks_measure_the_gaps_of_different_numbers_of_batches_together(folder:
 
 
 def saved_state(folder: Path, case: str) -> dict[str, Tensor]:
-    """The saved pieces put together."""
+    """The saved state, joined from the fragments of all ranks."""
     reader = FragmentReader(folder / f"{case}-state")
     return {f"{part}/{name}": reader.whole(part, name) for name in reader.shapes for part in PARTS}
 
@@ -627,7 +629,7 @@ def test_the_pieces_of_all_ranks_are_the_state_that_deepspeed_itself_gathers(
 def test_a_rank_holds_the_weights_and_the_optimizer_of_the_plan(
     folder: Path, case: str, width: int
 ):
-    """Besides what DeepSpeed adds so that the ranks have equal shares."""
+    """The bound allows for the padding by which DeepSpeed gives the ranks equal shares."""
     parameters = sum(w.numel() for w in load_file(folder / f"{case}.safetensors").values())
     plan = zero_bytes(parameters, width=width, ranks=2, stage=3, micro_batches=6)
     planned = plan.weights + plan.optimizer
@@ -786,8 +788,8 @@ def test_a_nan_reward_that_was_not_dropped_changes_no_weight_and_its_batch_is_sa
 def test_a_value_that_is_not_finite_on_one_of_two_ranks_changes_no_weight_on_either(
     folder: Path, case: str
 ):
-    """With ZeRO 1, a reward of rank 1 is NaN; with ZeRO 2, it is infinite; with ZeRO 3, the teacher
-    states of both ranks are infinite.
+    """With ZeRO 1 a reward of rank 1 is NaN, with ZeRO 2 it is infinite, and with ZeRO 3 the
+    teacher's hidden states of both ranks are infinite.
     """
     found = result(folder, f"{case}-left-out")
     assert "nothing was stepped" in found["error"] and found["digest"] == found["before"]

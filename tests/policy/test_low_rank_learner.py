@@ -1,5 +1,5 @@
-"""The real Learner with adapters: two ranks that go through ZeRO 1, 2 and 3 in turn, one rank, and
-three; and one rank and two that score for the student before training.
+"""The real Learner with adapters: two ranks that use ZeRO 1, 2 and 3 in turn, one rank, and three
+ranks; also one and two ranks that compute the scores of the student before training.
 """
 
 from functools import partial

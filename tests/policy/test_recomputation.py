@@ -1,4 +1,4 @@
-"""Layers that are recomputed in the backward pass compute what they compute without that."""
+"""Layers that are recomputed in the backward pass give the same results as other layers."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_recomputed_layers_have_the_outputs_and_gradients_of_others_and_drop_nothing(kind: str):
-    """OPT's layers call dropout themselves where they are in training."""
+    """OPT's layers apply dropout themselves if they are in training mode."""
     plain = passes(CONFIGS[kind], recomputes=False)
     again = passes(CONFIGS[kind], recomputes=True)
     for numbers, recomputed in zip(plain, again, strict=True):

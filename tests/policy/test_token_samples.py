@@ -1,4 +1,4 @@
-"""The tokens of a few responses, with student against teacher at each, for the report."""
+"""The samples for the report: a few responses, with student and teacher compared at each token."""
 
 import math
 from pathlib import Path
@@ -45,12 +45,14 @@ def samples_of(
 
 @pytest.mark.parametrize("kind", ["hidden", "vocabulary", "drawn"])
 def test_log_q_of_the_drawn_tokens_comes_from_what_the_teacher_sent(kind: str):
-    """Response tokens are 0, 1, 2, 1, 0; the first response to each prompt is 0 1, and 1."""
+    """The response tokens are 0, 1, 2, 1, 0; the first responses to the two prompts are 0 1 and
+    1.
+    """
     head = None
     rows = np.zeros((5, 0), np.float32)
     drawn = [float(LOG_Q[token]) for token in (0, 1, 2, 1, 0)]
     evidence: Evidence = Drawn()
-    if kind == "hidden":  # a hidden state of one 1, whose logits are the log-probs
+    if kind == "hidden":  # one-hot hidden states, whose logits are the log-probs
         head = torch.from_numpy(LOG_Q)[:, None]
         rows = np.ones((5, 1), np.float32)
         evidence = Hidden(drawn=False)

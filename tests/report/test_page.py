@@ -1,4 +1,4 @@
-"""The diagrams of the page: their SVG, the values for the script, and both in a real browser."""
+"""The diagrams of the page: their SVG, the values that the script reads, and both in a browser."""
 
 import json
 import re
@@ -142,7 +142,7 @@ def write_run(run_dir: Path, seed: int, last: float) -> None:
 
 
 def opened(browser: str, page: Path, script: str, *, width: int = 900) -> str:
-    """What `script` returns in the page, as a browser of that width runs it."""
+    """Open the page in a browser with this width, run `script` in it, and return its result."""
     probe = page.with_name(f"probe-{width}.html")
     ending = f"<script>document.title = 'answer:' + (() => {{{script}}})();</script></body>"
     probe.write_text(page.read_text().replace("</body>", ending))

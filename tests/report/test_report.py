@@ -204,7 +204,9 @@ def test_samples_are_shown_without_template_tokens_with_references_and_the_most_
 def test_an_answer_is_right_if_it_has_all_that_the_functions_that_apply_to_it_give(
     tmp_path, weights, parts, reward, verdict
 ):
-    """Those that do not take its prompt have NaN; without a weight the first one decides."""
+    """Functions that do not take its prompt give NaN; if all weights are 0, the first one
+    decides.
+    """
     sink = JsonlSink()
     sink.start(run_info(tmp_path))
     sink.log({"train/step": 0})
@@ -263,7 +265,9 @@ def test_a_comparison_draws_each_metric_with_one_curve_per_run(tmp_path):
 
 
 def write_seeds(tmp_path: Path) -> list[Path]:
-    """a-0 and a-1 differ in their seed; b learns from half the tokens in twice the time."""
+    """Write three runs: a-0 and a-1 differ in their seed; b needs twice the time for half the
+    tokens.
+    """
     for name, seed, lr, last, tokens, seconds in (
         ("a-0", 0, 1e-3, 0.5, 100, 1.0),
         ("a-1", 1, 1e-3, 0.75, 100, 3.0),

@@ -1,4 +1,4 @@
-"""A reward function that Python has imported becomes the file that workers load, or is refused."""
+"""A reward function passed from Python is replaced by the file that workers load, or is refused."""
 
 import functools
 import importlib

@@ -145,7 +145,7 @@ def test_preflight_compares_rewards_and_data(tmp_path: Path, user_file: Path) ->
 
 
 def routed(**routes: dict[str, object] | None) -> RewardConfig:
-    """A function for each route; None: one of weight 0 that takes every prompt."""
+    """A config with one function for each route; None: a function of weight 0 without a route."""
     return RewardConfig(
         functions={
             name: RewardFunctionConfig(

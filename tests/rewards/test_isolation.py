@@ -1,6 +1,5 @@
-"""Every process that a reward function starts ends with its call or its pool.
-
-Its output and its exceptions are shortened and escaped before they reach a log.
+"""Every process that a reward function starts ends with the call or with the pool. The output and
+the exceptions of a function are shortened and escaped before they reach a log.
 """
 
 import os
@@ -18,7 +17,7 @@ from hybridrl.rewards.pool import Failure, FailureKind, RewardCall, RewardPool
 
 ROOT = Path(__file__).parent.parent.parent
 
-# `mark` is in the environment of every process that a call starts, whatever its session or parent.
+# `mark` is in the environment of every process that a call starts, in any session.
 USER_FILE = """
 import os, subprocess, sys, time
 
@@ -135,7 +134,7 @@ def marked(mark: str) -> list[int]:
 
 
 def has_processes(mark: str, count: int) -> bool:
-    """Whether there are that many marked processes within 10 s."""
+    """Whether at least `count` marked processes exist at some moment within 10 s."""
     end = time.monotonic() + 10
     while len(marked(mark)) < count and time.monotonic() < end:
         time.sleep(0.02)
@@ -143,7 +142,7 @@ def has_processes(mark: str, count: int) -> bool:
 
 
 def remaining(mark: str) -> list[int]:
-    """The marked processes that do not end within 10 s."""
+    """The marked processes that have not ended after 10 s."""
     end = time.monotonic() + 10
     while marked(mark) and time.monotonic() < end:
         time.sleep(0.02)
@@ -166,7 +165,7 @@ def test_sessions_orphans_and_a_chain_of_forks_end_with_the_call_or_with_the_poo
         (outcome,) = pool.call("starts", {"completions": ["a"], "mark": [mark], "how": [how]})
         if how == "answers":
             assert outcome == 1.0
-            # At least: sleep, that of setsid, timeout with its own, and the two of sh.
+            # At least: sleep, the one of setsid, timeout and its sleep, and the two of sh.
             assert has_processes(mark, 6)
         else:
             kind = FailureKind.timeout if how == "hangs" else FailureKind.died
@@ -219,7 +218,7 @@ def test_a_closed_pool_has_removed_its_control_group(
 
 
 def groups_of(pid: int) -> list[Path]:
-    """The control groups that a guard has made."""
+    """The control groups that the guard with this pid has created."""
     return list(Path("/sys/fs/cgroup").glob(f"**/hybridrl-reward-{pid}"))
 
 

@@ -1,5 +1,5 @@
-"""A reward file is a Python module of its folder: it imports its neighbours, and processes that it
-starts can import it.
+"""A reward file is a Python module in its folder: it can import other files of the folder, and
+processes that it starts can import it.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""An exported reward model gives the scores of the learner that trained it."""
+"""An exported reward model gives the same scores as the learner that trained it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +62,7 @@ def student(settings: RunSettings) -> Student:
 def exported(
     settings: RunSettings, student: Student, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The folder that `hybridrl export` writes from the student's checkpoint."""
+    """The folder that `hybridrl export` writes for the student's checkpoint."""
     base = tmp_path_factory.mktemp("run")
     weights = {f"model.{name}": p.detach() for name, p in student.body.named_parameters()}
     weights[VALUE_HEAD] = student.value_head.weight.detach()
@@ -77,7 +77,7 @@ def exported(
 
 
 def values_of(student: Student, batch: RolloutBatch) -> Tensor:
-    """[R] the learner's values before an update, from one padded micro-batch."""
+    """[R] the values that the learner computes before an update, in one padded micro-batch."""
     micro = collate(unlearned_sequences(batch))
     with torch.no_grad():
         _, values = student(
@@ -93,7 +93,7 @@ def values_of(student: Student, batch: RolloutBatch) -> Tensor:
 
 
 def ranked_groups(student: Student) -> ScoredBatch:
-    """Of each group the first response is the better one."""
+    """A batch in which the first response of each group has the higher reward."""
     batch = make_batch(GROUPS)
     return ScoredBatch(
         rollout=batch,
@@ -114,7 +114,7 @@ def test_the_exported_model_scores_as_the_learner_that_trained_it(student: Stude
 
 
 def test_in_bfloat16_the_scores_are_those_of_float32_within_its_rounding(exported: Path):
-    """Two layers of four roundings each to 8 bits."""
+    """The bound is that of two layers with four roundings each to 8 bits."""
     whole = np.array(RewardModel(str(exported))(**COLUMNS))
     half = RewardModel(str(exported), dtype="bfloat16")
     assert half.body.dtype is torch.bfloat16 and half.value_head.dtype is torch.float32
@@ -180,7 +180,7 @@ def test_one_step_along_the_gradient_of_the_pairs_raises_chosen_scores_over_reje
         micro.columns,
     )[0].backward()
     state = {f"model.{name}": p.detach() for name, p in learner.body.named_parameters()}
-    stepped = -0.1 * learner.value_head.weight.grad  # from 0
+    stepped = -0.1 * learner.value_head.weight.grad  # a gradient step from 0
     export({**state, VALUE_HEAD: stepped}, Path(settings.model.path), tmp_path / "export")
     scores = RewardModel(str(tmp_path / "export"))(**COLUMNS)
     gradient_norm = float(learner.value_head.weight.grad.norm())
@@ -293,7 +293,7 @@ def test_a_reward_model_with_another_vocabulary_is_refused_before_any_worker_sta
 
 
 class Digits:
-    """Decodes ids as the numbers that the verifier below reads."""
+    """A tokenizer that decodes ids to their numbers, which the verifier below reads."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         return " ".join(str(i) for i in token_ids if i > EOS or not skip_special_tokens)
@@ -301,7 +301,9 @@ class Digits:
 
 @pytest.fixture(scope="module")
 def worker(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorker]:
-    """A verifier of weight 0 first, then a reward model, as RL with a reward model has them."""
+    """A worker with a verifier of weight 0 and then a reward model, as in RL with a reward
+    model.
+    """
     file = tmp_path_factory.mktemp("verifier") / "verifier.py"
     file.write_text(
         "def short(completions):\n    return [float(len(c) < 4) for c in completions]\n"

@@ -1,4 +1,4 @@
-"""Reward functions, the pool that runs them, and the worker that makes Rewards of the outcomes."""
+"""Reward functions, the pool that runs them, and the worker that combines their outcomes."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
 from hybridrl.types import RolloutBatch
 from tests.support.batches import text_batch
 
-# A file with every misbehaviour, which only the completion "x" triggers.
+# A reward file with every kind of misbehaviour, which only the completion "x" triggers.
 USER_FILE = """
 import ctypes, multiprocessing, os, re, resource, signal, subprocess, sys, time
 
@@ -336,9 +336,9 @@ def of_session(note: Path) -> list[int]:
 
 
 def all_ended(note: Path) -> bool:
-    """Whether the processes of the session end within 10 s.
+    """Whether all processes of the session end within 10 s.
 
-    Init may take a while to reap those whose parent was killed with them.
+    Init may need some time to reap processes whose parent was killed too.
     """
     end = time.monotonic() + 10
     while of_session(note) and time.monotonic() < end:
@@ -415,7 +415,7 @@ def test_a_function_that_always_hangs_is_not_called_beyond_the_share_that_may_ti
         assert kinds(outcomes) == ["timeout"] * 8
         texts = [o.text for o in outcomes if isinstance(o, Failure)]
         skipped = ["not run: more than 25% of the batch" in text for text in texts]
-        # Two at once: after the first round 2 have timed out, after the second 4 > 0.25 * 8.
+        # Two run at once: after the first round 2 have timed out, after the second 4 > 0.25 * 8.
         assert skipped == [False] * 4 + [True] * 4
         assert pool.call("hangs", {"completions": ["x", "b", "b", "b"]})[1:] == [1.0, 1.0, 1.0]
     finally:
@@ -588,7 +588,7 @@ def test_functions_that_load_for_too_long_are_refused_with_the_setting_that_give
     with pytest.raises(ConfigError, match=limit.format(0.5) + r"deadlines\.start_s"):
         preflight(load_config(settings))
     config = RewardConfig(functions={"r": RewardFunctionConfig(function=function)})
-    with pytest.raises(ConfigError, match=limit.format(0.45)):  # its own deadline is 0.5 s
+    with pytest.raises(ConfigError, match=limit.format(0.45)):  # the worker's deadline is 0.5 s
         RewardWorker(config, "a", watch_only=False, start_s=0.5, load=lambda *_, **__: Letters())
 
 
@@ -609,7 +609,7 @@ def test_a_valid_function_and_no_function_at_all_pass_the_check() -> None:
 
 
 class Letters:
-    """Token id = code point; 0 is the special end token."""
+    """A tokenizer whose token ids are code points; 0 is the special end token."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         return "".join(chr(i) for i in token_ids if i or not skip_special_tokens)
@@ -646,7 +646,7 @@ def open_worker(user_file: Path) -> Iterator[Open]:
 
 
 def rollouts(*responses: str) -> RolloutBatch:
-    """Two of the responses to each prompt, with numbers [3, 7] and target 21."""
+    """A batch with two responses per prompt; every prompt has the numbers [3, 7] and target 21."""
     columns = {"numbers": [3, 7], "target": 21}
     return text_batch(responses, group_size=2, text="3 7=21:", columns=columns)
 

@@ -36,7 +36,7 @@ def test_a_process_is_started_through_the_hook(monkeypatch: pytest.MonkeyPatch) 
 
 
 def send_environment(writer) -> None:
-    """Send whether the process started with the variable, as the kernel recorded it."""
+    """Send whether the process was started with the variable, according to /proc."""
     with open("/proc/self/environ", "rb") as file:
         writer.send(b"SOME_API_KEY=sk" in file.read())
 
@@ -46,7 +46,7 @@ def test_a_read_of_half_a_message_fails_and_a_whole_one_arrives() -> None:
     limit_waits(reader, 0.01)
     writer.send_bytes(b"whole")
     assert reader.recv_bytes() == b"whole"
-    os.write(writer.fileno(), struct.pack("!i", 5) + b"ha")  # the length first, then the content
+    os.write(writer.fileno(), struct.pack("!i", 5) + b"ha")  # the length, and a part of the content
     with pytest.raises(BlockingIOError):
         reader.recv_bytes()
 

@@ -1,5 +1,5 @@
-"""The values that count as a reward: numbers of every library, and None where a function does not
-apply. A failure never becomes a silent 0.
+"""The return values that count as a reward: numbers of every library, and None if a function does
+not apply. A failure never becomes a silent 0.
 """
 
 import logging
@@ -100,7 +100,7 @@ def marks(completions):
 
 
 class Letters:
-    """Token id = code point; 0 is the special end token."""
+    """A tokenizer whose token ids are code points; 0 is the special end token."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         return "".join(chr(i) for i in token_ids if i or not skip_special_tokens)
@@ -191,8 +191,8 @@ def test_a_function_receives_special_tokens_if_its_setting_says_so(
 
 
 def test_a_function_judges_only_the_prompts_that_its_route_takes(tmp_path: Path) -> None:
-    """Two prompts with two responses each: `numbers` judges that of source a, `words` that of b,
-    and both calls receive the responses to these prompts alone.
+    """There are two prompts with two responses each: `numbers` judges the prompt of source a,
+    `words` that of b, and each function receives only the responses to its prompt.
     """
     path = tmp_path / "own.py"
     path.write_text(
