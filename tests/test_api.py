@@ -1,4 +1,6 @@
-"""hybridrl from Python, as far as no worker starts; tests/launch/test_train.py runs it for real."""
+"""hybridrl from Python without any worker; tests/launch/test_train.py tests it with real
+workers.
+"""
 
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from hybridrl.core.errors import ConfigError
 
 
 def modules_after(code: str) -> set[str]:
-    """The top-level packages that a new process has loaded after `code`."""
+    """The top-level packages that a new process has imported after it ran `code`."""
     printed = "\nimport sys\nprint(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run(
         [sys.executable, "-c", code + printed], capture_output=True, text=True, check=True

@@ -60,7 +60,9 @@ class Learned:
 
 
 def save_checkpoint(run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:
-    """A checkpoint as the learner writes it, with weights unlike the student's; returns them."""
+    """Write a checkpoint in the learner's form, with other weights than the student's; returns
+    them.
+    """
     settings = settings_of(run_dir, *overrides)
     model = load_model("builtin:countdown-student")
     weights = {name: (p.detach() * 1.25).contiguous() for name, p in model.named_parameters()}
@@ -82,7 +84,7 @@ def save_checkpoint(run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a checkpoint of step 10, for tests that write nothing into it."""
+    """The directory of a run with a checkpoint of step 10, for tests that write nothing into it."""
     folder = tmp_path_factory.mktemp("saved")
     save_checkpoint(folder)
     return folder
@@ -133,7 +135,9 @@ def test_a_checkpoint_without_its_run_has_the_runs_template_or_is_not_exported(
 
 
 def save_steps(run_dir: Path) -> dict[int, torch.Tensor]:
-    """A run with checkpoints of steps 10, 20 (the best) and 30; returns the norm weight of each."""
+    """Write a run with checkpoints of steps 10, 20 (the best) and 30; returns the norm weight of
+    each.
+    """
     save_checkpoint(run_dir, "checkpoint.best=eval/accuracy", "checkpoint.keep=9")
     reader = FragmentReader(run_dir / "checkpoints" / "step_000010")
     weights = {10: reader.whole(MASTER, "model.norm.weight")}
@@ -219,7 +223,9 @@ def test_nothing_to_export_is_one_sentence(tmp_path: Path, capsys: pytest.Captur
 def hydra_job(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path, status: int = 0
 ) -> tuple[int, list[RunSettings]]:
-    """Exit status of `hybridrl train ARGUMENTS`, and the settings of each job it would have run."""
+    """The exit status of `hybridrl train ARGUMENTS`, and the settings of each job that it would
+    run.
+    """
     ran: list[RunSettings] = []
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [])
@@ -380,7 +386,7 @@ def test_a_file_that_cannot_grow_ends_the_run_in_one_sentence_and_the_checkpoint
 
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (20, before[1])
-    )  # as a full disk, but for the error's number
+    )  # like a full disk, except for the error number
     try:
         status = exit_status(run)
     finally:

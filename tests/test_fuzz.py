@@ -1,4 +1,4 @@
-"""Random input works or ends in a typed error: overrides, files of data, and reward functions."""
+"""Random overrides, data files and reward functions work or end in a typed error."""
 
 import json
 import traceback
@@ -26,7 +26,7 @@ derandomized = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    phases=[Phase.explicit, Phase.generate],  # no shrinking of a failure, which takes minutes
+    phases=[Phase.explicit, Phase.generate],  # no shrinking, which takes minutes
     suppress_health_check=list(HealthCheck),
 )
 
@@ -107,7 +107,7 @@ override = st.builds(
 
 
 @settings(derandomized, max_examples=100)
-@example(["deadlines.start_s=a\nb"])  # the message shows the override on one line
+@example(["deadlines.start_s=a\nb"])  # the message must show the override on one line
 @example(["run.resume='a\nb'"])
 @given(st.lists(override, min_size=1, max_size=2))
 def test_any_override_works_or_is_one_sentence(overrides: list[str]):
@@ -149,7 +149,9 @@ odd_text = st.text(alphabet=st.sampled_from("${}\\ab:'\"#\n*&-? "), max_size=12)
 @settings(derandomized, max_examples=10)
 @given(st.lists(odd_text, min_size=20, max_size=20))
 def test_any_text_survives_the_written_settings(texts: list[str]):
-    """Twenty at a time, as each reading of settings takes a fifth of a second."""
+    """Twenty texts are tested at a time, because each reading of settings takes a fifth of a
+    second.
+    """
     changed = replace(LOADED, tracking=replace(LOADED.tracking, tags=texts))
     assert from_yaml(to_yaml(changed)) == changed
 

@@ -1,5 +1,5 @@
-"""Imports point one way, heavy packages stay where they belong, and nothing evaluates code it was
-given.
+"""Imports go in one direction, heavy packages are imported only in certain files, and nothing
+evaluates code from outside.
 """
 
 import ast
@@ -37,7 +37,7 @@ LAYERS = [
     {"oracle", "api"},
     {"cli"},
 ]
-"""From the bottom up; members of one set do not depend on the order among themselves."""
+"""The parts of the package from the bottom up; the parts of one set may import each other."""
 
 ALLOWED = {
     "ray": ("runtime/", "cli.py"),
@@ -52,23 +52,23 @@ ALLOWED = {
     "hydra": ("settings/compose.py", "settings/hydra_internals.py", "cli.py"),
     "omegaconf": ("settings/", "cli.py"),
 }
-"""Who may import what is heavy, by the beginning of a path inside the package."""
+"""The files that may import each heavy package, as beginnings of paths inside the package."""
 
 
 def files(package: Path) -> Iterator[tuple[str, ast.Module]]:
-    """Every module's path inside the package, and its syntax tree."""
+    """The path of every module inside the package, and its syntax tree."""
     for path in sorted(package.rglob("*.py")):
         yield path.relative_to(package).as_posix(), parsed(path.read_text(), str(path))
 
 
 @cache
 def parsed(text: str, path: str) -> ast.Module:
-    """The syntax tree of a file, made once for all tests, which do not change it."""
+    """The syntax tree of a file, cached for all tests, which must not change it."""
     return ast.parse(text, path)
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
-    """Dotted names of everything imported anywhere in a module, function bodies included."""
+    """The dotted names of everything that a module imports, also inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -79,8 +79,8 @@ def imports(tree: ast.Module) -> Iterator[str]:
 
 
 def level(part: str) -> int:
-    """How high a top-level part of the package stands; an unknown part fails, so that a new one is
-    placed on purpose.
+    """The index of a top-level part of the package in LAYERS. An unknown part fails, so that every
+    new part must be placed in LAYERS.
     """
     return next(i for i, layer in enumerate(LAYERS) if part in layer)
 
@@ -110,17 +110,17 @@ def misplaced_imports(package: Path) -> list[str]:
 
 
 INTERNALS = ("_internals.py", "rewards/spawn.py")
-"""Ends of the files that may use private names of a library. Each says which version was read, and
-has a test that fails when a name is gone.
+"""The endings of the files that may use private names of a library. Each file states the version
+that was read, and has a test that fails when a name no longer exists.
 """
 
 
 DOCUMENTED = ("_exit", "_replace", "_asdict")
-"""Names with an underscore that are no private ones: of a function of os, and of named tuples."""
+"""Public names that begin with an underscore: a function of os, and methods of named tuples."""
 
 
 def private_uses(package: Path) -> list[str]:
-    """Private names of something else than the class that uses them, outside of INTERNALS."""
+    """The uses of private names of other objects than `self` or `cls`, outside of INTERNALS."""
     return [
         f"{path} uses {name}"
         for path, tree in files(package)
@@ -131,7 +131,7 @@ def private_uses(package: Path) -> list[str]:
 
 
 def private_attributes(tree: ast.Module) -> Iterator[str]:
-    """Such as torch._dynamo."""
+    """The private attributes that a module uses, such as torch._dynamo."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or not is_private(node.attr):
             continue
@@ -140,7 +140,7 @@ def private_attributes(tree: ast.Module) -> Iterator[str]:
 
 
 def private_imports(tree: ast.Module) -> Iterator[str]:
-    """Such as torch.utils._pytree."""
+    """The private names that a module imports, such as torch.utils._pytree."""
     yield from (name for name in imports(tree) if any(map(is_private, name.split("."))))
 
 
@@ -164,15 +164,13 @@ BANNED = (
     "get_class",
     "get_method",
 )
-"""What runs code that it is given, or names to code that it is given: builtins without their
-module.
+"""Functions that run code from their arguments, or look up code by a name. Built-ins are listed
+without their module.
 """
 
 
 def dangerous_calls(package: Path) -> list[str]:
-    """Evaluation, unpickling, shells, Hydra's instantiation and trust_remote_code, wherever they
-    stand.
-    """
+    """All uses of evaluation, unpickling, shells, Hydra's instantiation and trust_remote_code."""
     calls = (
         (path, node)
         for path, tree in files(package)
@@ -216,7 +214,7 @@ def test_no_layer_imports_one_above_it():
 
 
 def file_circles(package: Path) -> list[set[str]]:
-    """Sets of files that import each other, directly or through others."""
+    """The sets of files that import each other, directly or indirectly."""
     trees = dict(files(package))
     modules = {module_name(package, path): path for path in trees}
     targets = {
@@ -326,7 +324,7 @@ def test_transformers_and_vllm_are_told_to_trust_no_code_wherever_they_load_a_mo
 
 @pytest.fixture
 def planted(tmp_path: Path):
-    """A tiny package with one file of the given text."""
+    """A function that writes a package with one file of the given text; returns its folder."""
 
     def plant(path: str, text: str) -> Path:
         file = tmp_path / "hybridrl" / path

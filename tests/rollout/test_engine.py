@@ -23,7 +23,7 @@ from tests.support.graph import save_tiny, tiny_settings
 OBSERVATION = (21, 6, 5)
 SUPPORT = 3
 STOP = 8  # the token of "4"
-BLOCKS = 13  # of the KV cache, of 32 tokens each, besides the one that vLLM leaves empty
+BLOCKS = 13  # blocks of 32 tokens in the KV cache, besides the one that vLLM leaves empty
 PLACES = 12  # rollout.max_num_seqs
 
 
@@ -43,14 +43,14 @@ def test_an_engine_whose_core_has_ended_ends_too(monkeypatch: pytest.MonkeyPatch
 
 
 class Sampled(NamedTuple):
-    """What one engine made of the same order with one turn and with two."""
+    """The responses of one engine to the same order with one turn and with two, and its reports."""
 
     single: RolloutBatch
     double: RolloutBatch
     stopped: RolloutBatch
-    """of one turn, with an engine that stops at STOP too"""
+    """responses of one turn by an engine that also stops at STOP"""
     reports: tuple[EngineStats, ...]
-    """of what the engine did for `single`, for a crowd, and for prompts of several blocks"""
+    """the reports after `single`, after a crowd of requests, and after prompts of several blocks"""
 
 
 def sampled(folder: Path) -> Sampled:
@@ -103,7 +103,7 @@ def sampled(folder: Path) -> Sampled:
 def test_the_engine_reports_what_a_plain_forward_pass_gives_with_one_turn_and_with_two(
     tmp_path: Path,
 ):
-    """Both the most likely tokens, and the drawn tokens' log-probs."""
+    """This holds for the most likely tokens and for the log-probs of drawn tokens."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         batches = pool.submit(sampled, tmp_path).result(timeout=240)
     model = load_model(str(tmp_path / "model"))
@@ -127,11 +127,11 @@ def test_the_engine_reports_what_a_plain_forward_pass_gives_with_one_turn_and_wi
 
 def reports_its_cache_and_queue(batches: Sampled) -> None:
     """The cache has 13 blocks of 32 tokens, and 12 requests may run at once. A response without the
-    crowd needs a single block, and of the crowd some need two.
+    crowd needs one block; some responses of the crowd need two.
     """
     calm, crowded, long = batches.reports
     assert calm == EngineStats(
-        kv_use=1 - 1 / 13,  # one block is free
+        kv_use=1 - 1 / 13,  # all blocks but one are in use
         running=12,
         waiting=16 - 12,
         preemptions=0,
@@ -142,15 +142,15 @@ def reports_its_cache_and_queue(batches: Sampled) -> None:
     assert replace(crowded, preemptions=0) == EngineStats(
         kv_use=1.0, running=12, waiting=32 - 12, prefix_queries=32 * 5
     )
-    # Of four prompts of 33 tokens, the first 32 are found three times: they are one shared block.
-    # With the second blocks of all four, 8 are free.
+    # Four prompts of 33 tokens share a block with the first 32, which is found in the cache three
+    # times. With it and the second blocks of all four, 8 blocks are free.
     assert long == EngineStats(
         kv_use=1 - 8 / 13, running=4, prefix_queries=4 * 33, prefix_hits=3 * 32
     )
 
 
 def stops_earlier(batches: Sampled) -> None:
-    """A response is the one of an engine without STOP, up to and with the first STOP in it."""
+    """Each response equals that of an engine without STOP, up to and including its first STOP."""
     cut = 0
     for i in range(batches.single.num_sequences):
         response = batches.single.trajectory(i).response_ids.tolist()
@@ -164,7 +164,7 @@ def stops_earlier(batches: Sampled) -> None:
 
 
 def first_turns_agree(batches: Sampled) -> None:
-    """A first turn is, token for token, the response of the single turn; some have a second one."""
+    """Each first turn equals the response with a single turn; some responses have a second turn."""
     continued = 0
     for i in range(batches.single.num_sequences):
         response = batches.single.trajectory(i).response_ids.tolist()

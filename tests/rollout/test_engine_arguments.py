@@ -1,4 +1,4 @@
-"""Arguments of rollout.engine: which vLLM takes, and which the run decides."""
+"""Arguments of rollout.engine: which of them vLLM accepts, and which are set by the run itself."""
 
 import sys
 from dataclasses import fields
@@ -19,7 +19,7 @@ from hybridrl.rollout.engine_arguments import (
 
 
 def test_a_mistyped_argument_is_refused_with_the_nearest_name():
-    """Asks vLLM in a child process, as a run does."""
+    """A child process asks vLLM for the names, as in a run."""
     with pytest.raises(
         ConfigError,
         match=r"^rollout\.engine\.max_num_batched_token: vLLM has no such argument; did you mean "

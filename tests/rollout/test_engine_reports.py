@@ -1,4 +1,4 @@
-"""What an engine reports of itself with each chunk."""
+"""The report about itself that an engine adds to each chunk."""
 
 import asyncio
 import time
@@ -31,7 +31,7 @@ def order(wave: str, tokens: int) -> GenerateOrder:
 
 
 async def answered(worker: Rollout, wave: str, tokens: int = 2) -> Work:
-    """The report of a response of so many tokens."""
+    """Generate a response with this number of tokens; returns the report."""
     answering = worker.generate(order(wave, tokens), PROMPTS)
     header: ChunkHeader = (await asyncio.wait_for(answering, timeout=60))[0]
     assert header.work is not None
@@ -39,7 +39,7 @@ async def answered(worker: Rollout, wave: str, tokens: int = 2) -> Work:
 
 
 def measured(readings: Sequence[int]) -> Rollout:
-    """An engine whose memory has these peaks, one at each reading."""
+    """An engine whose peak of memory has these values at successive readings."""
     worker = rollout()
     remaining = iter(readings)
     worker.peaks = PeakMemory(lambda: next(remaining))
@@ -48,8 +48,8 @@ def measured(readings: Sequence[int]) -> Rollout:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sampler's clock goes on by half a second whenever it is read: at the beginning and at the
-    end of a step.
+    """Make the sampler's clock advance by half a second at each reading, of which there is one at
+    the beginning and one at the end of a step.
     """
     ticks = count(step=0.5)
     clock = SimpleNamespace(perf_counter=lambda: next(ticks), monotonic=time.monotonic)
@@ -71,8 +71,8 @@ def test_a_report_counts_the_tokens_and_the_steps_since_the_last_one(clock: None
 
 @pytest.mark.parametrize("update", [load, load_adapter, receive])
 def test_the_peak_of_a_sync_is_in_the_reports_until_the_next_one(update: Update):
-    """After a sync the probe samples, and perhaps an evaluation; no step reads their reports."""
-    of_sampling = (0, 5, 0)  # before it, in it, and when the report is made
+    """After a sync, the probe and possibly an evaluation sample; no step reads their reports."""
+    of_sampling = (0, 5, 0)  # read before it, at its end, and for the report
     worker = measured([*(0, 70), *of_sampling, *of_sampling, *(0, 60), *of_sampling])
 
     async def run() -> list[dict[str, int]]:
@@ -93,7 +93,7 @@ def test_what_an_engine_did_for_an_earlier_job_is_not_reported(clock: None):
 
     async def run() -> tuple[EngineStats, Work]:
         await load(worker)
-        await worker.sampler.generate(order("dropped", 2), PROMPTS)  # its report was not made
+        await worker.sampler.generate(order("dropped", 2), PROMPTS)  # makes no report
         stats = SchedulerStats(num_running_reqs=3)
         worker.meter.record(scheduler_stats=stats, iteration_stats=None)
         await worker.begin_job()

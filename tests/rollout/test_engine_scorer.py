@@ -1,6 +1,6 @@
-"""A teacher that an engine of vLLM holds: its settings, and its scores against those of the same
-model loaded by a scorer. The engine is started once, in a process of its own because vLLM's CPU
-worker patches torch.
+"""A teacher inside a vLLM engine: its settings, and its scores compared with those of a scorer with
+the same model. The engine is started once, in its own process because vLLM's CPU worker patches
+torch.
 """
 
 import json
@@ -62,13 +62,15 @@ def settings_of(folder: Path, *more: str) -> RunSettings:
 
 
 class Answers(NamedTuple):
-    """What the engine made of BATCH, by the settings, and of sequences of up to 65 tokens."""
+    """The engine's scores of BATCH for each of several settings, and of sequences with up to 65
+    tokens.
+    """
 
     scored: dict[tuple[str, ...], tuple[ScoreHeader, TokenScores]]
     longest: list[float]
     refusal: str
     again: list[float]
-    """of the longest, after the refusal"""
+    """scores of the longest sequence that fits, after another one was refused"""
 
 
 BATCH = make_batch([*PROMPTS, ((1, 5), [[7] * 61 + [2], (8, 2)])])
@@ -102,7 +104,9 @@ def answers(folder: Path) -> Answers:
 def test_an_engine_gives_the_log_probs_of_the_same_model(
     folder: Path, answers: Answers, more: tuple[str, ...]
 ):
-    """In float32, to 1e-5 nats. The longest sequence has 64 tokens, and the model 64 positions."""
+    """In float32 they agree to 1e-5 nats. The longest sequence uses all 64 positions of the
+    model.
+    """
     settings = settings_of(folder, *more)
     evidence, rule = scoring(settings, "main")
     local = Scorer(settings, teacher="main", device="cpu", evidence=evidence, rule=rule)
@@ -284,7 +288,7 @@ def test_two_answers_of_an_engine_may_differ_by_rounding_alone():
 
 
 def test_quantised_weights_are_left_to_the_engine(folder: Path, tmp_path: Path):
-    """Their plan has the bytes of the file."""
+    """The plan counts the bytes of their file."""
     quantised = tmp_path / "quantised"
     shutil.copytree(folder / "teacher", quantised)
     config = json.loads((quantised / "config.json").read_text())

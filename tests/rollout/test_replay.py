@@ -1,4 +1,4 @@
-"""Responses of the data, as a worker that samples would give them."""
+"""Responses of the data, in the form of a worker that samples."""
 
 import pytest
 

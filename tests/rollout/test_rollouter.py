@@ -1,4 +1,6 @@
-"""Turns become columns: who wrote a token, with which log-prob, and where the prompt ends."""
+"""Turns are joined to columns: the writer of each token, its log-prob, and the end of the
+prompt.
+"""
 
 import asyncio
 
@@ -20,7 +22,7 @@ PROMPT = Prompt(uid="p", input_ids=(5, 6), text="", columns={})
 
 
 def completion(*ids: int, reason: FinishReason = FinishReason.stop, version: int = 3) -> Completion:
-    """Token t has the log-prob -t and the support (t + 1, t + 2)."""
+    """A completion in which token t has the log-prob -t and the support (t + 1, t + 2)."""
     tokens = np.array(ids, np.int32)
     return Completion(
         token_ids=ids,

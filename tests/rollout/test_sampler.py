@@ -1,4 +1,6 @@
-"""What reaches the engine, in which order, and what comes back: sampling, aborts and errors."""
+"""The sampler: the requests that reach the engine, their order, and the results, aborts and
+errors.
+"""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -24,7 +26,7 @@ from tests.support.scripted_engine import END, LONGEST_PROMPT, ScriptedEngine, T
 
 
 def counted(token_ids: list[int]) -> list[int]:
-    """As many tokens as the last one of the prompt says, the end token among them."""
+    """A response whose length, including the end token, is the last token of the prompt."""
     return [9] * (token_ids[-1] - 1) + [END]
 
 
@@ -49,8 +51,8 @@ def test_an_engine_stops_at_the_chosen_end_token_too():
 
 
 def test_a_teacher_writes_after_its_own_prompt_in_the_students_tokens():
-    """It ends its response with token 2, which the student writes as token 23, and has room for as
-    many tokens as the student, although its prompt is longer.
+    """The teacher ends its response with token 2, for which the student uses token 23. It may write
+    as many tokens as the student, although its prompt is longer.
     """
     context = Context(teacher="main", ends=EndTokens(student=23, teacher=END))
     made, engine = sampler(TeacherTurn(context))
@@ -165,7 +167,9 @@ def test_a_response_without_room_for_another_turn_ends_there():
 def aborted_after(
     made: Sampler, when: Callable[[], bool], groups: list[str] | None, prompts: list[Prompt]
 ) -> tuple[RolloutBatch, int]:
-    """Sample, and abort the groups once `when` holds."""
+    """Sample, and abort the groups as soon as `when` returns True; returns the batch and the number
+    of aborted requests.
+    """
 
     async def run() -> tuple[RolloutBatch, int]:
         work = asyncio.create_task(made.generate(order(), prompts))
@@ -282,8 +286,8 @@ def test_an_error_of_a_rollouter_ends_its_chunk():
 def test_a_wave_that_comes_again_is_sampled_whatever_the_moment_at_which_the_first_one_ends(
     later: int,
 ):
-    """As after a command that was interrupted, whose responses are still under way: their names are
-    the same.
+    """This happens after a command was interrupted: the requests of its responses are still running
+    and have the same names.
     """
 
     async def run() -> RolloutBatch:
@@ -301,8 +305,9 @@ def test_a_wave_that_comes_again_is_sampled_whatever_the_moment_at_which_the_fir
 
 
 def test_the_chunk_that_an_earlier_job_left_waiting_is_not_sampled_with_the_next_jobs_wave():
-    """Chunk 0 of two waits for chunk 1 when the job ends. The next job has a wave of that name,
-    whose chunk 0 has the prompt b; what is left would be sampled with chunk 1 of the next job.
+    """When the first job ends, chunk 0 of two is waiting for chunk 1. The next job has a wave of
+    the same name, whose chunk 0 has the prompt b; the old chunk 0 must not be sampled with the new
+    chunk 1.
     """
     made, engine = sampler(SingleTurn())
 

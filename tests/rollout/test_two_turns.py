@@ -1,6 +1,6 @@
-"""A response of two turns with an observation between them goes the way of every other response:
-sampling, header, rewards, scores, credit and the cutting into shards know nothing of turns. The
-learner's part is in tests/policy/test_learner.py, and the real engine's in test_engine.py.
+"""A response of two turns with an observation between them is processed like any other response:
+sampling, header, rewards, scores, credit and shards do not depend on turns. The learner's part is
+tested in tests/policy/test_learner.py, and the real engine in test_engine.py.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ from tests.support.batches import make_plan, make_rewards, make_scores
 from tests.support.graph import save_tiny
 from tests.support.scripted_engine import END, ScriptedEngine, TwoTurns
 
-# Tokens of the tiny tokenizer: 1 begins a text, 2 ends a turn, 4 ... 13 are the digits 0 ... 9, 21
-# is "=".
+# The tokens of the tiny tokenizer: 1 begins a text, 2 ends a turn, 4 to 13 are the digits 0 to 9,
+# and 21 is "=".
 OBSERVATION = (21, 13)  # "=9"
 PROMPTS = [
     Prompt(uid="a", input_ids=(1, 5), text="1", columns={}),
     Prompt(uid="b", input_ids=(1, 6, 7), text="23", columns={}),
 ]
 TURNS = {(1, 5): (8, END), (1, 6, 7): (9, 10, END)}
-"""The first turn, by the prompt. The second is always 11, END, which follow OBSERVATION."""
+"""The first turn for each prompt. The second turn, after OBSERVATION, is always 11, END."""
 A = [1, 5, 8, END, 21, 13, 11, END]
 B = [1, 6, 7, 9, 10, END, 21, 13, 11, END]
 
@@ -57,7 +57,7 @@ def script(token_ids: list[int]) -> tuple[int, ...]:
 
 @pytest.fixture(scope="module")
 def made() -> tuple[ChunkHeader, RolloutBatch]:
-    """Two responses to each prompt, all alike, with a support of one token."""
+    """The header and batch of two equal responses to each prompt, with a support of one token."""
     sampler = Sampler(ScriptedEngine(script), TwoTurns(OBSERVATION), Source.student)
     order = GenerateOrder(
         wave="w",
@@ -143,8 +143,8 @@ def test_a_teacher_scores_the_models_tokens_after_all_that_came_before_them(made
 
 
 def scored(batch: RolloutBatch) -> ScoredBatch:
-    """The teacher's log-probs are such that the model's tokens cost 1, 2, 4, ... in each
-    sequence.
+    """The batch with scores of a teacher with which the tokens of the model cost 1, 2, 4, ... in
+    each sequence.
     """
     costs = [2.0**t for r in batch.response_lengths for t in range(r)]
     logprobs = batch.rollout_logprobs[batch.response_mask]
@@ -162,7 +162,7 @@ def test_credit_flows_back_from_the_second_turn_to_the_first_one_over_the_observ
         settings_of(folder, "algorithm.gamma=0.5", "algorithm.baseline=none")
     )
     credit = objective.credit(scored(batch), make_plan(batch, reward_weight=3.0))
-    # Costs 1, 2, 4, 8 of the four tokens of "a": the two of the observation discount nothing.
+    # The four tokens of "a" cost 1, 2, 4, 8; the observation's two tokens cause no discount.
     future = [0.5 * 2 + 0.25 * 4 + 0.125 * 8, 0.5 * 4 + 0.25 * 8, 0.5 * 8, 0]
     assert credit.columns.sparse[:8].tolist() == pytest.approx([f - 3.0 for f in future] + future)
     assert len(credit.columns.sparse) == 18, "the model's tokens alone"

@@ -1,4 +1,4 @@
-"""What the engine relies on in vLLM beyond its documented interface is as it was read."""
+"""The undocumented parts of vLLM on which the engine relies are unchanged."""
 
 import asyncio
 import inspect
@@ -37,8 +37,8 @@ from hybridrl.types import EngineStats, FinishReason
 
 
 def output(finish_reason: str | None = "stop") -> CompletionOutput:
-    """Two tokens, 7 and 8, with the two most likely at each: 7 is not among them, 8 is the
-    second.
+    """An output of the tokens 7 and 8, with the two most likely tokens at each position: 7 is not
+    among them, and 8 is the second one.
     """
     return CompletionOutput(
         index=0,
@@ -66,7 +66,9 @@ def test_the_support_is_the_most_likely_tokens_and_owes_nothing_to_the_drawn_one
 
 
 def prompt_output(logprobs: list[float]) -> RequestOutput:
-    """A prompt of 5, 7 and 8, with the two most likely tokens in the places of the last two."""
+    """An output for the prompt 5, 7, 8, with the two most likely tokens at its last two
+    positions.
+    """
     return RequestOutput(
         request_id="0",
         prompt=None,
@@ -100,7 +102,9 @@ def test_a_response_that_did_not_end_by_itself_is_aborted(reason: str | None):
 
 
 def test_vllm_is_the_version_that_was_read():
-    """After an upgrade: read again what rollout/vllm_internals.py lists, then change VERSION."""
+    """After an upgrade, read again the code that rollout/vllm_internals.py lists, then change
+    VERSION.
+    """
     assert vllm.__version__.split("+")[0] == VERSION
 
 
@@ -145,7 +149,7 @@ def test_the_client_of_an_engine_core_knows_that_its_process_has_ended():
 
 
 def test_a_core_is_paused_by_its_client_or_in_this_process():
-    """tests/rollout/test_weight_update.py runs the second."""
+    """tests/rollout/test_weight_update.py executes the second way."""
     assert hasattr(SyncMPClient, "call_utility") and not hasattr(InprocClient, "call_utility")
     assert list(inspect.signature(EngineCore.pause_scheduler).parameters)[1:] == [
         "mode",

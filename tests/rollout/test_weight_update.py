@@ -1,4 +1,4 @@
-"""New weights under a response that is being sampled, with vLLM's asynchronous scheduling."""
+"""Updates of weights while a response is being sampled, with vLLM's asynchronous scheduling."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -36,18 +36,18 @@ def rollout() -> Rollout:
 
 
 async def load(worker: Rollout) -> None:
-    """As with the backend object_store."""
+    """Update the weights as with the backend object_store."""
     await worker.load_weights(manifest(1, "digest 1"), np.zeros(0, np.uint8))
 
 
 async def load_adapter(worker: Rollout) -> None:
-    """As with lora.sync=adapter."""
+    """Update an adapter as with lora.sync=adapter."""
     worker.sampler.adapter = adapter_request()
     await load(worker)
 
 
 async def receive(worker: Rollout) -> None:
-    """As with nccl and ipc, whose calls leave the event loop to others between them."""
+    """Update the weights as with nccl and ipc, whose calls yield the event loop in between."""
     await worker.start_weight_update()
     await turns(5)
     await worker.update_weights({"manifest": {"version": 1}})
@@ -61,7 +61,7 @@ async def turns(count: int) -> None:
 
 
 def sampled(worker: Rollout, update: Update) -> RolloutBatch:
-    """A response of eight tokens, with an update after some of them."""
+    """Sample a response of eight tokens, with an update after some of them."""
     prompt = Prompt(uid="p", input_ids=(1, 2), text="", columns={})
     order = GenerateOrder(
         wave="w", chunk=0, num_chunks=1, group_size=1, temperature=1.0, max_new_tokens=8, seed=5
@@ -98,7 +98,7 @@ def test_the_order_is_pause_then_collect_then_update_then_version_then_resume(
     calls = ["start_weight_update", "update_weights", "finish_weight_update"]
     assert within == [
         "pause",
-        "synchronize_device",  # of vLLM's own pause, which does not collect
+        "synchronize_device",  # part of vLLM's own pause, which collects no pending results
         "collect",
         "synchronize_device",
         *(["load_adapter"] if update is load_adapter else calls),
@@ -109,7 +109,7 @@ def test_the_order_is_pause_then_collect_then_update_then_version_then_resume(
 
 
 def answered(worker: Rollout, wave: str) -> asyncio.Task:
-    """A response of two tokens that is asked for."""
+    """Request a response of two tokens; returns the pending task."""
     prompt = Prompt(uid="p", input_ids=(1, 2), text="", columns={})
     order = GenerateOrder(
         wave=wave, chunk=0, num_chunks=1, group_size=1, temperature=1.0, max_new_tokens=2, seed=5
@@ -124,7 +124,7 @@ def test_a_sleeping_engine_takes_weights_and_samples_only_when_its_kv_cache_is_b
     async def run() -> None:
         await worker.sleep()
         await worker.sleep()
-        asked = answered(worker, "w")  # a run never calls a sleeping engine this way
+        asked = answered(worker, "w")  # a run never does this to a sleeping engine
         await turns(5)
         assert (await worker.ping())["asleep"] == 2
         await worker.wake_up(["weights"])

@@ -1,4 +1,4 @@
-"""A file of answers is continued where it ended, and refused where its rows would be others."""
+"""A file of answers is continued after its last row, and refused if other rows would follow."""
 
 import errno
 import json
@@ -124,7 +124,7 @@ def test_damaged_conditions_are_one_sentence(tmp_path: Path, text: str):
 def test_rows_that_a_full_disk_cut_short_are_made_anew_and_the_whole_ones_remain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Two rows of 26 bytes each are appended, and the disk is full after 40 of them."""
+    """Two rows of 26 bytes each are appended, and the disk is full after 40 bytes."""
     path = tmp_path / "answers.jsonl"
     write = os.write
     room = [40]

@@ -45,7 +45,7 @@ SECONDS = 60
 
 
 class Weights:
-    """A writer of one small file."""
+    """A writer of a checkpoint's part that consists of one small file."""
 
     def __init__(self, before: Callable[[Path], None] = lambda path: None, size: int = 22) -> None:
         self.before = before
@@ -225,7 +225,7 @@ def test_a_link_in_the_place_of_a_file_is_refused_though_it_leads_to_the_same_by
 
 @pytest.mark.parametrize("where", ["", "parts"])
 def test_a_target_in_the_state_of_a_checkpoint_is_never_called(tmp_path: Path, where: str):
-    """It is a value like any other in the parts, and no field of the state itself."""
+    """A `_target_` is an ordinary value in the parts, and an unknown field in the state itself."""
     folder = save_steps(tmp_path, 1).folders()[0]
     call = {"_target_": "pathlib.Path.touch", "_args_": [str(tmp_path / "hit")]}
     state = json.loads((folder / "state.json").read_text())
@@ -391,7 +391,9 @@ def test_a_checkpoint_of_another_version_is_not_passed_over(tmp_path: Path):
 def test_no_checkpoint_is_removed_while_the_best_one_cannot_be_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    """state.json of the best step is a link: its metric is unknown, so all checkpoints stay."""
+    """state.json of the best step is a link, so its metric is unknown, and all checkpoints are
+    kept.
+    """
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1, best="eval/accuracy"))
     for step, accuracy in ((1, 0.9), (2, 0.1)):
         checkpointer.save(replace(STATE, step=step, metrics={"eval/accuracy": accuracy}), [])
@@ -445,7 +447,9 @@ def test_a_save_that_fails_leaves_the_older_one_and_nothing_of_its_own(
 
 
 class Forgetful(Weights):
-    """A writer whose report differs from the file, as with a broken disk or a folder not shared."""
+    """A writer whose report does not match its file, as with a broken disk or an unshared
+    folder.
+    """
 
     def write(self, path: Path) -> list[SavedFile]:
         (saved,) = super().write(path)
@@ -465,7 +469,9 @@ def test_what_the_disk_does_not_give_back_is_never_committed(tmp_path: Path):
 def test_a_save_that_is_killed_at_any_of_its_file_operations_leaves_a_whole_checkpoint(
     tmp_path: Path,
 ):
-    """checkpoint_job.py kills a forked save at each file operation, and checks what remains."""
+    """checkpoint_job.py kills a forked save at each file operation, and checks the remaining
+    files.
+    """
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, root / "tests" / "support" / "checkpoint_job.py", tmp_path],
@@ -603,7 +609,9 @@ def test_only_folders_with_a_manifest_of_ours_are_ever_removed(tmp_path: Path):
 def pieces(
     folder: Path, *ranks: list[tuple[int, list[float]]], shape: tuple[int, ...] = (2, 3)
 ) -> FragmentReader:
-    """Files of ranks with (offset, values) of a parameter; moments are 10 and 100 times those."""
+    """Write a file for each rank with (offset, values) fragments of one parameter; the moments are
+    10 and 100 times the values.
+    """
     for rank, held in enumerate(ranks):
         parts = [(offset, torch.tensor(values)) for offset, values in held]
         fragments = [

@@ -1,4 +1,6 @@
-"""One run per directory: what may change when it continues, and the messages for what may not."""
+"""One run per directory: which settings and inputs may change when it continues, and the errors for
+those that may not.
+"""
 
 import json
 import os
@@ -66,7 +68,9 @@ def settings_of(run_dir: Path, *overrides: str) -> RunSettings:
 
 
 def start(settings: RunSettings, *, step: int | None = 10) -> Path:
-    """The files of a run with `settings`: config.yaml, and a checkpoint unless `step` is None."""
+    """Write the files of a run with `settings`: config.yaml, and a checkpoint unless `step` is
+    None.
+    """
     with run_directory(settings) as run_dir:
         find_checkpoint(settings, run_dir, {})
         if step is not None:
@@ -75,7 +79,7 @@ def start(settings: RunSettings, *, step: int | None = 10) -> Path:
 
 
 def resume(settings: RunSettings) -> int | None:
-    """The step after which a run with `settings` would continue; None: it would start."""
+    """The step after which a run with `settings` would continue; None: it would begin anew."""
     with run_directory(settings) as run_dir:
         checkpoint = find_checkpoint(settings, run_dir, {})
     return checkpoint.state.step if checkpoint else None
@@ -330,7 +334,7 @@ with run_directory(load_config([f"run.dir={sys.argv[1]}", "experiment=quickstart
 def test_the_lock_ends_with_its_process_even_when_that_is_killed_and_its_log_may_lie_beside_it(
     tmp_path: Path,
 ):
-    """The log of the command itself is in the new directory before the run."""
+    """The log of the command itself is in the new directory before the run starts."""
     log = tmp_path / "train.log"
     with log.open("w") as file:
         holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=file, stderr=file)
@@ -388,12 +392,12 @@ def test_a_directory_with_a_run_in_it_or_with_nothing_to_lose_is_used(tmp_path: 
     start(settings_of(tmp_path))
     (tmp_path / "notes.txt").write_text("of the run's owner")
     for path in (tmp_path / ".lock", tmp_path / ".holder"):
-        path.unlink()  # as where a copy leaves out hidden files
+        path.unlink()  # as in a copy without hidden files
     assert resume(settings_of(tmp_path)) == 10
     (tmp_path / ".holder").unlink()
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(RunDirectoryError, match="it is unknown what run this is"):
-        resume(settings_of(tmp_path))  # a run's, by its checkpoint
+        resume(settings_of(tmp_path))  # its checkpoint shows that it belongs to a run
 
 
 def test_a_checkpoint_alone_continues_with_the_settings_saved_in_it(tmp_path: Path):
@@ -684,7 +688,7 @@ def test_only_teachers_in_use_are_loaded_and_only_where_there_is_a_judge_are_the
 
 
 def padded(folder: Path, rows: int) -> Path:
-    """A model with the countdown tokenizer, whose head has `rows` rows."""
+    """Save a model with the countdown tokenizer, whose output head has `rows` rows."""
     save_tiny(folder, 0)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(rows)
@@ -772,8 +776,8 @@ def test_accuracy_is_the_mean_of_the_first_reward_and_a_failed_call_is_not_a_wro
 
 
 def test_with_routes_each_problem_is_judged_by_the_first_function_that_takes_it():
-    """Problems 1 and 2 of source a are worth 1 and 0, problem 3 of b is worth 0.5 by the second
-    function; the others are NaN there.
+    """Problems 1 and 2 of source a get 1 and 0, and problem 3 of b gets 0.5 from the second
+    function; where a function does not apply, its value is NaN.
     """
     functions = {
         name: RewardFunctionConfig(function="math", route={"data_source": name}) for name in "ab"
@@ -805,7 +809,7 @@ def test_without_a_reward_function_nothing_is_right_or_wrong():
 
 
 def test_the_last_of_a_single_evaluation_is_not_given_as_what_was_learned(tmp_path: Path):
-    """A run of three steps that on_step ended after the first one."""
+    """The run of three steps was ended by on_step after the first one."""
     sink = JsonlSink()
     sink.start(RunInfo(run_dir=str(tmp_path), name="x", total_steps=3, first_step=0, config={}))
     sink.log({"train/step": 0, "eval/accuracy": 0.25})
@@ -891,7 +895,7 @@ def test_a_run_that_is_refused_for_its_inputs_leaves_the_settings_on_file_as_the
 
 
 def refused(settings: RunSettings, before: dict[str, str]) -> str:
-    """The error message about the inputs as they are now, or an empty text."""
+    """The error message about the present inputs; empty: they are accepted."""
     with pytest.raises(RunDirectoryError) as caught:
         check_inputs(settings, before, digests(settings, [], []))
     return str(caught.value).partition("; ")[0].removeprefix(f"run.dir={settings.run.dir}: ")
@@ -899,7 +903,7 @@ def refused(settings: RunSettings, before: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("key", ["model.path", "teachers.main.path"])
 def test_another_model_under_the_same_name_is_refused_until_it_is_allowed(tmp_path: Path, key: str):
-    """Files with equal names, sizes and even times of change."""
+    """The files have the same names, sizes and even modification times."""
     student = save_tiny(tmp_path / "student", 0)
     teacher = save_tiny(tmp_path / "teacher", 1)
     overrides = [f"model.path={student}", f"teachers.main.path={teacher}"]
@@ -943,8 +947,8 @@ def test_a_changed_reward_model_is_refused(tmp_path: Path):
 def test_a_large_file_is_read_once_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The test writes another digest into the cache, to see that it is looked up. A file that is
-    copied with the times of its original has changed now.
+    """The test writes another digest into the cache, to see that it is used. A file that was
+    replaced by a copy with the original's times counts as changed.
     """
     monkeypatch.setenv("HYBRIDRL_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "a.safetensors"
@@ -992,7 +996,9 @@ def test_a_changed_file_of_an_estimator_weight_or_loss_is_refused(
 
 
 def test_a_changed_module_that_the_reward_file_imports_is_refused(tmp_path: Path):
-    """Modules in the same folder, indirect ones, of a package, and imported in the function."""
+    """This holds for modules in the same folder, indirect imports, modules of a package, and
+    imports inside the function.
+    """
     files = {
         "rewards.py": "import json, numpy, near\nfrom pack.inner import thing\n"
         "def score(completions):\n    import late\n    return [0.0]",
@@ -1030,7 +1036,7 @@ def test_a_teacher_of_other_weights_under_the_same_name_is_measured_again(tmp_pa
 
 
 def hub_snapshot(hub: Path, name: str, commit: str) -> None:
-    """A model of the hub in the local cache, whose newest revision is `commit`."""
+    """Write a model of the hub into the local cache, with `commit` as its newest revision."""
     model = hub / f"models--{name.replace('/', '--')}"
     (model / "refs").mkdir(parents=True, exist_ok=True)
     (model / "refs" / "main").write_text(commit)

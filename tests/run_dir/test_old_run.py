@@ -1,7 +1,7 @@
-"""A run directory that the code wrote before its present layout is reported, exported, continued.
+"""A run directory in an older layout can be reported, exported and continued.
 
-old_run/ holds a student and a teacher of 9000 random parameters, a run of two steps of theirs made
-at commit e1fc02e, and the metrics of its third step as that commit made it.
+old_run/ has a student and a teacher with 9000 random parameters, a run of two steps that was made
+at commit e1fc02e, and the metrics of its third step by the same commit.
 """
 
 import json
@@ -19,8 +19,8 @@ OLD_RUN = Path(__file__).parent / "old_run"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy, which is the working directory: the settings of the run name its models by relative
-    paths.
+    """A copy of old_run/ as working directory, because the settings of the run have relative paths
+    of models.
     """
     copy = Path(shutil.copytree(OLD_RUN, tmp_path / "old_run"))
     monkeypatch.chdir(copy)
@@ -33,7 +33,7 @@ def test_it_is_reported(folder: Path):
     assert (folder / "run" / "report.png").stat().st_size > 10_000
     assert "Its accuracy on held-out problems stayed at 0.0 % (\u00b1 0.0)" in page
     assert "all rewards were equal in 2 of 2 steps" in page
-    # The first and the last value of kl/token, rollout/length_mean and schedule/lambda.
+    # The first and last values of kl/token, rollout/length_mean and schedule/lambda.
     assert all(ends in page for ends in ("0.01177 \u2192 0.01101", "12.06 \u2192 12.88"))
     assert "1 \u2192 1.25" in page
     assert "reference answer</div><pre>6*9+1</pre>" in page, "of a sample"
@@ -50,10 +50,10 @@ def test_it_is_exported(folder: Path):
 
 @pytest.mark.graph
 def test_its_next_step_is_the_one_that_its_own_code_would_have_made(folder: Path):
-    """Needs a graph of its own: the models and settings are those of the old run."""
+    """This needs its own graph, with the models and settings of the old run."""
     train(["run.dir=run", "train.steps=3"])
     *_, row = (json.loads(line) for line in (folder / "run" / "metrics.jsonl").open())
     expected = json.loads((folder / "step_3.json").read_text())
     assert len(expected) > 30
-    # Equal on the processor that made them; others round sums differently.
+    # They are equal on the processor of the old run; other processors round sums differently.
     assert {key: row.get(key) for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)

@@ -1,6 +1,6 @@
-"""A run that is stopped after any step and continued equals one that was never stopped.
+"""A run that is stopped after any step and continued equals a run that was never stopped.
 
-All tests use one graph, with two ranks of ZeRO 2; the run crosses the edge of an epoch, and has a
+All tests use one graph, with two ranks of ZeRO 2. The run reaches a second epoch, and has a
 schedule that depends on a metric.
 """
 
@@ -65,7 +65,7 @@ STEPS = 3
 
 @dataclass
 class Recorder:
-    """A sink that records what it is given, and the controller's state at that moment."""
+    """A sink that records the rows it receives, and the controller's state at each of them."""
 
     controller: Controller | None = None
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -99,15 +99,15 @@ STATELESS = (
     ThreadPoolExecutor,
     FunctionType,
     MethodType,
-    Path,  # of the run directory
-    count,  # numbers the parts of a trace
+    Path,  # the run directory
+    count,  # numbers the files of a trace
     Recorder,
 )
-"""Types outside of the package whose objects hold nothing that a checkpoint could lack."""
+"""Types whose objects contain nothing that a checkpoint would have to store."""
 
 
 def contents(value: object, path: str = "", within: tuple[int, ...] = ()) -> dict[str, object]:
-    """Every plain value that is reachable from one of our objects, by its path."""
+    """Every plain value that is reachable from one of the package's objects, by its path."""
     if isinstance(value, str | int | float | bytes | None):
         return {path: value}
     if isinstance(value, np.ndarray | np.random.Generator | random.Random):
@@ -120,7 +120,9 @@ def contents(value: object, path: str = "", within: tuple[int, ...] = ()) -> dic
 
 
 def parts_of(value: object) -> list[tuple[str, object]]:
-    """The values in a container or one of our objects, except Ray handles, files and recorders."""
+    """The values in a container or in an object of the package, except for Ray handles, files and
+    recorders.
+    """
     if isinstance(value, Mapping):
         return [(f"[{key}]", item) for key, item in value.items()]
     if isinstance(value, list | tuple | deque):
@@ -140,7 +142,7 @@ class Graph:
     workers: Workers
     prompts: list[Prompt]
     heldout: list[Prompt]
-    weights: Mapping[str, float] = field(default_factory=dict)  # of data sources
+    weights: Mapping[str, float] = field(default_factory=dict)  # weights of the data sources
 
     def controller(
         self, run_dir: Path, steps_done: int = 0, settings: RunSettings | None = None
@@ -198,7 +200,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
 class Whole:
     run_dir: Path
     recorder: Recorder
-    fresh: dict[str, object]  # what the controller held before its first step
+    fresh: dict[str, object]  # the contents of the controller before its first step
 
     def folder(self, step: int) -> Path:
         return self.run_dir / "checkpoints" / f"step_{step:06d}"
@@ -215,7 +217,7 @@ def whole(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 def continued(graph: Graph, whole: Whole, step: int, run_dir: Path) -> tuple[Controller, Recorder]:
-    """Another controller with the same workers, as a resumed run makes one."""
+    """Make another controller for the same workers and resume the run with it."""
     controller, recorder = graph.controller(run_dir, step)
     controller.load_state(read_checkpoint(whole.folder(step)).state, str(whole.folder(step)))
     controller.publish_weights()
@@ -259,8 +261,8 @@ def test_each_second_step_shows_rollouts_with_their_question_and_the_value_of_ea
 
 @pytest.mark.graph
 def test_a_run_on_two_sources_is_continued_bit_for_bit(graph: Graph, tmp_path: Path):
-    """Of 8 prompts a step 6 are of a and 2 of b. Step 3 crosses the edge of an epoch of a, which
-    has 14 prompts.
+    """A step has 6 prompts of a and 2 of b. In step 3 source a, which has 14 prompts, begins a new
+    epoch.
     """
     names = ["a"] * 14 + ["b"] * 6
     prompts = [
@@ -292,8 +294,9 @@ def test_a_run_on_two_sources_is_continued_bit_for_bit(graph: Graph, tmp_path: P
 
 
 NO_STATE = (".clock.", ".load.under_way", ".pings[", ".saving.", ".unmeasured[")
-"""Seconds that the next row reports; calls under way, of which a resumed run has none; what lies on
-disk, which the save that follows the row moves; metrics that this process has not seen yet.
+"""Parts of attribute paths that a checkpoint need not store: seconds that the next row reports,
+calls in flight, of which a resumed run has none, the state of files on disk, which the save after
+the row changes, and metrics that this process has not seen yet.
 """
 
 
@@ -302,7 +305,9 @@ disk, which the save that follows the row moves; metrics that this process has n
 def test_whatever_a_step_changes_in_the_controller_comes_back_with_the_checkpoint(
     graph: Graph, whole: Whole, step: int, tmp_path: Path
 ):
-    """Compare all attributes: one that a step changes and no state_dict has is reported by name."""
+    """All attributes are compared, so one that a step changes but no state_dict stores is reported
+    by its name.
+    """
     before = whole.fresh
     after = whole.recorder.held[step - 1]
     moved = {
@@ -326,7 +331,9 @@ def test_whatever_a_step_changes_in_the_controller_comes_back_with_the_checkpoin
 def test_while_sampling_runs_ahead_a_stopped_run_still_trains_each_prompt_once(
     graph: Graph, whole: Whole, tmp_path: Path
 ):
-    """Stopped after step 2 with the prompts of step 3 in flight: they are owed and drawn again."""
+    """The run is stopped after step 2 with the prompts of step 3 in flight, which are drawn
+    again.
+    """
     settings = replace(
         graph.settings, pipeline=replace(graph.settings.pipeline, ahead=1, max_staleness=1)
     )
@@ -375,7 +382,7 @@ def test_told_to_end_while_checkpoints_fail_it_ends_and_says_that_the_step_was_n
 def test_a_run_whose_directory_is_removed_saves_what_it_learned_ends_and_can_be_continued(
     graph: Graph, whole: Whole, tmp_path: Path
 ):
-    """Step 2 is not due to be saved, and the directory is empty when its row is written."""
+    """Step 2 would not be saved regularly, and the directory is empty when its row is written."""
     run_dir = tmp_path / "run"
     seldom = replace(graph.settings, checkpoint=replace(graph.settings.checkpoint, every=0))
     controller, recorder = graph.controller(run_dir, 1, seldom)
@@ -393,7 +400,7 @@ def test_a_run_whose_directory_is_removed_saves_what_it_learned_ends_and_can_be_
 def calling(
     graph: Graph, whole: Whole, run_dir: Path, on_step: OnStep
 ) -> tuple[Controller, Recorder]:
-    """A run after step 1 of 3 that saves no step but its last, and calls `on_step`."""
+    """A run after step 1 of 3 that saves only its last step, and calls `on_step`."""
     seldom = replace(graph.settings, checkpoint=replace(graph.settings.checkpoint, every=0))
     controller, recorder = graph.controller(run_dir, 1, seldom)
     controller.load_state(read_checkpoint(whole.folder(1)).state, str(whole.folder(1)))

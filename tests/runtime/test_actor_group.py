@@ -1,4 +1,6 @@
-"""Groups of actors in a process that uses one Ray after the other, as a notebook does."""
+"""Groups of actors in a process that connects to several Rays one after the other, as in a
+notebook.
+"""
 
 import time
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Copying an object to many nodes in rounds, and the places of workers that share GPUs."""
+"""Copying an object to many nodes in rounds, and the placement of workers that share GPUs."""
 
 from types import SimpleNamespace
 
@@ -10,14 +10,14 @@ from hybridrl.runtime.fan_out import rounds
 
 
 def test_each_round_has_as_many_receivers_as_have_the_object_before_it():
-    """With the source, 32 nodes have it after five rounds."""
+    """After five rounds 32 nodes have the object, including the source."""
     assert rounds([0, 1, 2, 3, 4]) == [[0], [1, 2], [3, 4]]
     assert [len(receivers) for receivers in rounds(range(31))] == [1, 2, 4, 8, 16]
     assert rounds([]) == []
 
 
 class Recorder:
-    """A group with one worker on each node that is named, which records what is brought where."""
+    """A group with a worker on each of the given nodes, which records the objects that are sent."""
 
     def __init__(self, *nodes: str) -> None:
         self.slots = [SimpleNamespace(node_id=node) for node in nodes]
@@ -31,7 +31,7 @@ class Recorder:
 def rounds_of(
     monkeypatch: pytest.MonkeyPatch, group: Recorder, workers: list[int]
 ) -> list[list[tuple[int, str, float]]]:
-    """The calls of each round that is waited for."""
+    """The calls of each round; a round ends when its calls are awaited."""
     waited: list[list[tuple[int, str, float]]] = []
     monkeypatch.setattr(fan_out, "outcomes", lambda calls, watch: waited.append(calls))
     fan_out.fan_out(group, workers, "weights", deadline_s=9.0, watch=lambda: None)
@@ -41,7 +41,7 @@ def rounds_of(
 def test_one_worker_of_each_node_is_given_the_object_and_each_round_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Workers 1 and 3 are not asked for; worker 4 is on the node of worker 0."""
+    """Workers 1 and 3 do not need the object; worker 4 is on the node of worker 0."""
     group = Recorder("a", "b", "c", "d", "a", "e", "f")
     waited = rounds_of(monkeypatch, group, [0, 2, 4, 5, 6])
     assert waited == [
@@ -57,7 +57,9 @@ def test_for_two_nodes_nothing_is_done(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_team_that_is_larger_than_another_sits_in_every_bundle_and_a_smaller_one_in_the_first():
-    """Four engines and two learner ranks with GPUs, and six reward workers without."""
+    """There are four engines and two learner ranks with GPUs, and six reward workers without
+    GPUs.
+    """
     teams = [
         Team(name="rollout", size=4, gpus=1, heavy=True),
         Team(name="learner", size=2, gpus=1, heavy=True),

@@ -1,4 +1,4 @@
-"""Placement on GPUs by a real Ray that counts four of them, on a machine without any."""
+"""Placement on GPUs by a real Ray that is told to have four GPUs, on a machine without any."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ NOSET = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Of a node whose GPUs have UUIDs in the place of numbers."""
+    """The address of a Ray with one node, whose GPUs have UUIDs instead of indices."""
     nodes = RayNodes(
         initialize_head=True,
         head_node_args={
@@ -40,7 +40,7 @@ class Rewards(RewardGroup):
 
 
 def with_nvidia_smi(folder: Path, slot: Slot) -> str:
-    """A PATH of the worker on which nvidia-smi knows the GPUs."""
+    """A PATH for the worker with a stand-in for nvidia-smi that knows the GPUs."""
     (folder / "nvidia-smi").write_text(NVIDIA_SMI)
     (folder / "nvidia-smi").chmod(0o755)
     return f"{folder}:{slot.env['PATH']}"
@@ -49,7 +49,7 @@ def with_nvidia_smi(folder: Path, slot: Slot) -> str:
 def gpus_of(
     address: str, folder: Path, teams: list[Team], *overrides: str, env: dict[str, str]
 ) -> tuple[dict[str, list[list[str]]], WeightTransfer]:
-    """The GPUs that each worker sees, by its team, and the backend of weight transfer."""
+    """The GPUs that each worker sees, by team, and the backend of weight transfer."""
     settings = load_config(
         [
             f"run.dir={folder}",
@@ -98,7 +98,7 @@ def test_each_worker_has_gpus_of_its_own_by_their_numbers(
 def test_the_reward_models_of_a_worker_with_a_gpu_compute_on_it(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """By the device that its worker is built with, and the GPUs that Ray has given it."""
+    """This is seen from the worker's argument `device`, and from the GPUs that Ray has assigned."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     place = ["cluster.device=cuda", f"cluster.address={address}"]
     settings = load_config([f"run.dir={tmp_path}", "experiment=quickstart", *place])

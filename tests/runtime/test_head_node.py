@@ -1,4 +1,4 @@
-"""Where Ray itself is killed, a run closes its sinks and ends with one sentence."""
+"""If Ray itself is killed, a run closes its sinks and ends with an error of one sentence."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The gauges of a run, and the dashboard that reads them."""
+"""The Prometheus gauges of a run, and the Grafana dashboard that reads them."""
 
 import json
 import re

@@ -1,6 +1,6 @@
-"""What ray_internals.py reads of Ray is as it was read.
+"""The internals of Ray that ray_internals.py uses are unchanged.
 
-Where the first test fails after an upgrade, read what hybridrl/runtime/ray_internals.py lists
+If the first test fails after an upgrade, read the code that hybridrl/runtime/ray_internals.py lists
 again, then change VERSION.
 """
 
@@ -83,7 +83,7 @@ def one_node() -> Iterator[None]:
 
 @pytest.mark.graph
 def test_the_records_of_a_running_ray_name_its_nodes_and_the_places_of_bundles(one_node: None):
-    """The records exist only where Ray runs."""
+    """The records exist only while Ray runs."""
     (record,) = ray.nodes()
     assert node_id(record) == ray.get_runtime_context().get_node_id()
     assert node_address(record) == ray.util.get_node_ip_address()
@@ -94,7 +94,7 @@ def test_the_records_of_a_running_ray_name_its_nodes_and_the_places_of_bundles(o
 
 
 def test_a_call_after_the_end_of_ray_starts_no_other_ray():
-    """The thread of a checkpoint may make one when the run is ended at once."""
+    """The thread of a checkpoint may make such a call when the run is ended at once."""
     call = "import hybridrl.runtime.calls as calls; calls.ray.wait([calls.ray.ObjectRef.nil()])"
     ended = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
     assert ended.returncode == 1 and "Ray has not been started yet" in ended.stderr, ended.stderr

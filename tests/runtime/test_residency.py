@@ -1,4 +1,4 @@
-"""Engines and learner that take turns: who makes room, who takes it, and in which order."""
+"""Engines and learner that take turns: which one releases memory, which acquires it, and when."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from hybridrl.runtime.residency import Phase, Residency
 
 
 class Engines:
-    """A rollout group whose calls are recorded."""
+    """A rollout group that records its calls."""
 
     def __init__(self, name: str, calls: list[str]) -> None:
         self.name = name
@@ -31,7 +31,7 @@ class Learner:
 
 
 def calls_of(*phases: Phase, residency: Residency | None = None) -> list[str]:
-    """The calls by which workers that were just started go through the phases."""
+    """The calls with which newly started workers go through these phases."""
     calls: list[str] = []
     taking = residency or Residency(takes_turns=True)
     for phase in phases:

@@ -193,7 +193,7 @@ def test_a_tenth_of_four_prompts_is_one_prompt_in_two_or_three_steps():
 
 @pytest.mark.parametrize("teams", range(1, 40))
 def test_the_shares_of_a_gpu_fit_into_it_in_the_unit_that_ray_rounds_to(teams: int):
-    """Ray rounds to 1/10000 of a GPU."""
+    """Ray rounds shares to 1/10000 of a GPU."""
     assert (
         teams * round(gpu_share(teams) * 10_000)
         <= 10_000
@@ -208,7 +208,7 @@ def test_the_shares_of_a_gpu_fit_into_it_in_the_unit_that_ray_rounds_to(teams: i
     ("wanted", "gpus", "cuda_build", "device"),
     [
         (Device.auto, 8, "13.0", "cuda"),
-        (Device.auto, 8, None, "cpu"),  # torch for CPUs on a machine with GPUs
+        (Device.auto, 8, None, "cpu"),  # torch's CPU build on a machine with GPUs
         (Device.auto, 0, "13.0", "cpu"),
         (Device.cpu, 8, "13.0", "cpu"),
         (Device.cuda, 8, "13.0", "cuda"),
@@ -233,7 +233,7 @@ def test_cuda_is_refused_without_a_gpu_or_with_a_torch_for_cpus(
 
 def test_an_address_without_a_ray_cluster_ends_at_once_in_one_sentence():
     with socket.socket() as closed:
-        # Bound and not listening: no other process can take the port, and no server answers.
+        # It is bound but not listening, so no other process can take the port, and nobody answers.
         closed.bind(("127.0.0.1", 0))
         for address in (f"127.0.0.1:{closed.getsockname()[1]}", "nonsense"):
             sentence = rf"cluster\.address={address}: no Ray cluster there \(.+\); give .*RAY_AUTH_"
@@ -243,7 +243,7 @@ def test_an_address_without_a_ray_cluster_ends_at_once_in_one_sentence():
 
 
 def test_a_ray_that_is_late_to_start_is_an_error_in_one_sentence(monkeypatch: pytest.MonkeyPatch):
-    """Ray raises a bare Exception, as on a machine with too much else to do."""
+    """Ray raises a bare Exception in this case, which happens on an overloaded machine."""
 
     def late(**_: object) -> None:
         raise Exception("The current node timed out during startup. This could happen because")
@@ -377,7 +377,7 @@ def test_gpus_that_nvidia_smi_cannot_number_are_refused_in_one_sentence(
 
 
 class FakeConnection:
-    """A Ray with room for `room` workers, all on one node. It records the calls in `events`."""
+    """A stand-in for Ray with room for `room` workers on one node. `events` records the calls."""
 
     def __init__(
         self,
@@ -481,7 +481,7 @@ def test_the_error_of_a_cluster_without_room_for_the_workers_lists_demand_and_su
 
 @pytest.fixture(scope="module")
 def slot() -> Iterator[Slot]:
-    """On a Ray of this process, whose gauges are collected twice a second."""
+    """A slot on a Ray that this process starts, whose gauges are collected twice a second."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_metrics_report_interval_ms", "500")  # by default 10 s
         with Cluster(load_config([*BASE, "cluster.device=cpu"])) as cluster:
@@ -536,7 +536,9 @@ def test_the_error_of_a_worker_that_died_names_the_worker_rays_reason_and_the_lo
 def test_all_workers_of_a_unit_are_replaced_when_one_of_them_dies_and_no_others(
     slot: Slot, tmp_path: Path
 ):
-    """Units of two meet at an address each. Worker 3 dies; workers 2 and 3 meet at a new one."""
+    """Each unit of two workers has a common address. Worker 3 dies, and workers 2 and 3 get a new
+    one.
+    """
     small = replace(slot, num_cpus=0.0)
     asked: list[range] = []
 
@@ -594,8 +596,8 @@ def test_a_lost_value_is_no_fault_of_the_worker_that_was_to_receive_it(slot: Slo
 
 
 class Answers:
-    """An object store with its own clock, in which one result arrives every `seconds`, `count` in
-    all. The result of a call is its name.
+    """An object store with its own clock, in which a result arrives every `seconds`, and `count`
+    results in all. The result of a call is the call's name.
     """
 
     def __init__(self, seconds: float, count: int) -> None:
@@ -672,8 +674,8 @@ def test_each_call_that_a_group_names_has_the_setting_of_its_deadline():
 
 
 class SlowAnswers(Answers):
-    """An object store whose results arrive as slowly as a wait allows; it counts the references
-    that waits examine.
+    """An object store whose results arrive just before a wait would end. It counts the references
+    that the waits examine.
     """
 
     examined = 0
@@ -709,7 +711,7 @@ def test_a_wait_for_some_of_the_results_takes_no_more_than_these():
 
 
 def test_only_the_process_that_writes_the_log_gets_the_signal_for_its_stacks(tmp_path: Path):
-    """The signal ends a process that has no handler for it, such as `cat`."""
+    """The signal would end a process that has no handler for it, such as `cat`."""
     for log, status in (("w-0.log", -signal.SIGUSR1), ("other.log", 0)):
         with (
             (tmp_path / log).open("w") as out,
@@ -808,7 +810,7 @@ def test_workers_that_do_not_start_in_time_write_their_stacks(slot: Slot, tmp_pa
     hanging = group.submit_all("hang", deadline_s=1)
     with pytest.raises(WorkerTimeout, match="w/0 failed in hang: no answer within 1 s"):
         StartUp(print).wait(hanging)
-    # The signal to write the stacks has ended the call.
+    # The signal that makes the worker write its stacks has ended the call.
     calls.gather([replace(call, deadline_s=60) for call in hanging])
     assert "most recent call first" in (tmp_path / "w-0.log").read_text()
     group.close()

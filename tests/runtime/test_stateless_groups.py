@@ -1,4 +1,4 @@
-"""Which of the workers that are alike gets which call."""
+"""How calls are distributed among the interchangeable workers of a group."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from hybridrl.settings.run import RunSettings
 
 
 class Recorder:
-    """Stands for ActorGroup: the calls name their worker and have the chunk as result."""
+    """A stand-in for ActorGroup, whose calls name their worker and have the chunk as result."""
 
     def __init__(
         self,

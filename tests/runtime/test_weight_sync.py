@@ -1,5 +1,5 @@
-"""When a channel of nccl or ipc is formed, and what is sent through it: with a learner and engines
-that write down their calls. tests/weights/test_gpu_transfer.py has the real ones.
+"""When a channel of nccl or ipc is formed, and what is sent through it, tested with a learner and
+engines that record their calls. tests/weights/test_gpu_transfer.py uses real ones.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ PACKED = WeightManifest(
 
 
 class Group:
-    """Two engines, each with the number of those that were in its place before."""
+    """The actors of two engines. The epoch of an engine counts how often it was replaced."""
 
     def __init__(self) -> None:
         self.epochs = [0, 0]
@@ -30,7 +30,7 @@ class Group:
 
 
 class Engines(Fleet):
-    """The product's fleet, but for how it learns of losses and arrivals: from the test."""
+    """The product's fleet, except that the test tells it which engines are lost and ready."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -48,12 +48,12 @@ class Engines(Fleet):
 
 
 class Rollout:
-    """A rollout group.
+    """A rollout group that records its calls.
 
     Attributes:
-        dead: engines that have died, and do not answer the next check.
-        interrupted: engines whose update was interrupted, and that cannot leave their channel.
-        starting: engines that are ready when all others have left the channel.
+        dead: engines that have died and do not answer the next check.
+        interrupted: engines whose update was interrupted, so that they cannot leave their channel.
+        starting: engines that become ready when all others have left the channel.
     """
 
     def __init__(self, calls: list[str]) -> None:
@@ -80,10 +80,10 @@ class Rollout:
 
 
 class Learner:
-    """A learner group.
+    """A learner group that records its calls.
 
     Attributes:
-        error: what the next sending ends with; None: it succeeds.
+        error: the error that the next sending raises; None: it succeeds.
     """
 
     is_connected = LearnerGroup.is_connected
@@ -110,7 +110,7 @@ class Learner:
 
 @dataclass
 class Scene:
-    """A learner and two engines with a channel of nccl, and their calls since the last look."""
+    """A learner and two engines with a channel of nccl, and the calls since they were last read."""
 
     calls: list[str] = field(default_factory=list)
     backend: WeightTransfer = WeightTransfer.nccl
@@ -121,12 +121,12 @@ class Scene:
         self.sync = WeightSync(self.learner, self.rollout, self.backend)
 
     def published(self, version: int) -> list[str]:
-        """The calls until all engines serve the version."""
+        """Publish a version; returns the calls until all engines serve it."""
         assert self.sync.publish(version) == 70
         return self.taken()
 
     def admitted(self, *engines: int) -> list[str]:
-        """The calls as these engines become ready, and prompts are about to be sampled."""
+        """Make these engines ready; returns the calls before prompts are sampled."""
         self.rollout.fleet.ready |= set(engines)
         self.rollout.fleet.admit()
         return self.taken()
@@ -142,7 +142,7 @@ FORMED = ["leave", "connect [0, 1]"]
 
 @pytest.fixture
 def scene() -> Scene:
-    """The engines serve version 1."""
+    """A scene in which the engines serve version 1."""
     scene = Scene()
     assert scene.published(1) == ["check", *FORMED, "send 1"]
     return scene
@@ -160,7 +160,7 @@ def test_after_a_loss_the_channel_is_formed_with_the_others_before_anything_is_s
 
 
 def test_an_engine_that_joins_between_two_updates_is_sent_the_last_version(scene: Scene):
-    """Its first weights are those that it read from disk."""
+    """Until then it has the weights that it has read from disk."""
     scene.rollout.dead = [1]
     scene.published(2)
     assert scene.admitted(1) == [*FORMED, "send 2"]
@@ -169,7 +169,7 @@ def test_an_engine_that_joins_between_two_updates_is_sent_the_last_version(scene
 
 
 def test_another_engine_in_the_place_of_one_is_not_taken_for_it(scene: Scene):
-    """It was lost and joins before an update: the engines that serve are 0 and 1 again."""
+    """Its predecessor was lost, and it joins before an update, so engines 0 and 1 serve again."""
     scene.rollout.fleet.fail(1)
     assert scene.admitted(1) == [*FORMED, "send 1"]
 
@@ -192,7 +192,9 @@ def test_an_engine_that_cannot_leave_the_channel_is_not_in_the_next_one_and_one_
 
 
 def test_after_a_failed_sending_an_engine_that_joins_waits_for_the_next_update(scene: Scene):
-    """Some engines may hold the new weights and some the old ones: nothing is sent again."""
+    """Some engines may have the new weights and some the old ones, so nothing is sent to it
+    alone.
+    """
     scene.learner.error = WorkerDied("rollout/1", "update_weights", "it has died")
     with pytest.raises(WorkerDied):
         scene.sync.publish(2)

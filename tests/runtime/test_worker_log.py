@@ -1,4 +1,4 @@
-"""The log of a worker's process, in a process of its own."""
+"""The log of a worker's process, tested in a separate process."""
 
 import logging
 import os
@@ -22,7 +22,9 @@ class Speaker:
 
 
 def two_jobs(folder: str) -> None:
-    """A worker speaks in one job and in another one, whose settings have a key."""
+    """Let a worker write to its log in one job, and in a second job whose settings contain a
+    key.
+    """
     host = Host("tests.runtime.test_worker_log:Speaker", f"{folder}/first/worker.log", {})
     host.call("say", "one")
     judge = RewardFunctionConfig(function="f.py:f", options={"api_key": KEY})

@@ -30,7 +30,9 @@ def choices(group: str) -> list[str]:
 
 
 def for_any_algorithm() -> list[str]:
-    """The experiments without the papers' recipes, whose teachers and data are for some methods."""
+    """The experiments except for the papers' recipes, whose teachers and data fit some methods
+    only.
+    """
     return [name for name in choices("experiment") if "_from_" in name or name[-3:] != "gpu"]
 
 
@@ -38,7 +40,7 @@ def for_any_algorithm() -> list[str]:
 
 
 DIFFERENT = ("hybrid", "ppo", "dpo", "sft")
-"""Algorithms that differ in their parts: a teacher and rewards, a value head, pairs, data alone."""
+"""Algorithms with different parts: a teacher and rewards, a value head, pairs, data alone."""
 
 
 @pytest.mark.parametrize(

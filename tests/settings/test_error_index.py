@@ -1,4 +1,4 @@
-"""The page of error sentences: read from the source as they are raised, in the order of checks."""
+"""The page of error sentences, which are read from the source code in the order of the checks."""
 
 import re
 import sys
@@ -67,7 +67,9 @@ def test_a_sentence_that_only_the_running_program_knows_is_counted(package: Path
 
 @pytest.fixture(scope="module")
 def patterns() -> list[str]:
-    """The sentences of the page that say something, as regular expressions."""
+    """The sentences of the page as regular expressions, without those that are only
+    placeholders.
+    """
     texts = {
         ": ".join(filter(None, (s.subject, "; ".join(filter(None, (s.rule, s.remedy))))))
         for s in error_sentences()
@@ -96,7 +98,7 @@ def test_a_sentence_that_a_user_gets_is_on_the_page(override: str, patterns: lis
 
 
 def place(frame: FrameType) -> tuple[str, str]:
-    """The file in the package and the name of the function that is running."""
+    """The file in the package and the name of the function that a frame executes."""
     return frame.f_code.co_filename.rpartition("/hybridrl/")[2], frame.f_code.co_name
 
 
@@ -108,12 +110,12 @@ def test_the_checks_before_a_run_are_listed_in_the_order_in_which_they_run(tmp_p
     seen: dict[tuple[str, str], None] = {}
 
     def watch(frame: FrameType, event: str, argument: object) -> None:
-        # Called for every call in the process, almost all of them of other names.
+        # This runs for every call in the process, so functions of other names are skipped first.
         if event == "call" and frame.f_code.co_name in names and place(frame) in listed:
             outer = frame.f_back
             while outer is not None and place(outer) not in listed:
                 outer = outer.f_back
-            if outer is None:  # a check may call another one for itself
+            if outer is None:  # no other check has called this one
                 seen[place(frame)] = None
 
     sys.setprofile(watch)

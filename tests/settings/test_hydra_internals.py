@@ -1,7 +1,8 @@
-"""What hydra_internals.py reads of Hydra and OmegaConf, made by the libraries themselves.
+"""The errors and objects of Hydra and OmegaConf that hydra_internals.py reads, made by the
+libraries themselves.
 
-Where the first test fails after an upgrade, read hybridrl/settings/hydra_internals.py against the
-new version, then change SEEN.
+If the first test fails after an upgrade, compare hybridrl/settings/hydra_internals.py with the new
+version, then change SEEN.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,9 @@ class Schema:
 
 @pytest.fixture
 def error_of(tmp_path: Path) -> Callable[[str], Exception]:
-    """From an override to Hydra's error, for the settings `lr` and the folder `method`."""
+    """A function that returns Hydra's error for an override; the settings are `lr` and the group
+    `method`.
+    """
     (tmp_path / "config.yaml").write_text("defaults: [{method: grpo}, _self_]\nlr: 1\n")
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "grpo.yaml").write_text("gamma: 0\n")

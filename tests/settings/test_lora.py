@@ -1,4 +1,4 @@
-"""Settings of adapters, and a run that is continued with others."""
+"""The settings of adapters, and a run that is continued with other ones."""
 
 import pytest
 

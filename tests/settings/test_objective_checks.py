@@ -1,6 +1,4 @@
-"""What the objective needs is checked across sections, and what it can do without is not asked
-for.
-"""
+"""The settings that the objective needs are checked across sections, and no others are required."""
 
 import pytest
 
@@ -17,7 +15,7 @@ def settings_of(*overrides: str) -> RunSettings:
 
 
 def sentence_of(*overrides: str) -> str:
-    """The sentence by which these settings are refused."""
+    """The error message about these settings."""
     with pytest.raises(ConfigError) as caught:
         settings_of(*overrides)
     sentence = str(caught.value)
@@ -42,7 +40,9 @@ def test_the_only_teacher_of_an_experiment_is_not_turned_around_by_a_preset():
 
 
 def test_the_prompts_of_each_route_have_a_teacher_that_draws_the_student():
-    """0.1 - 0.2 of the prompts about code, where 1 - 0.2 of those about mathematics is enough."""
+    """The weights of the teachers sum to 0.1 - 0.2 for prompts about code, which is too little, and
+    to 1 - 0.2 for prompts about mathematics, which suffices.
+    """
     assert settings_of("algorithm=g_opd", f"+{MATH}").scored_teachers == ["initial", "main"]
     assert sentence_of("algorithm=g_opd", f"+{MATH}", CODE).startswith(
         "teachers={initial, main, code}: their weights with route={'domain': 'code'} add up to -0.1"

@@ -18,7 +18,7 @@ QUICKSTART = ["experiment=quickstart", "run.dir=x"]
 
 
 def write(folder: Path, text: str) -> Path:
-    """The path of a new file of settings."""
+    """Write a settings file; returns its path."""
     path = folder / "mine.yaml"
     path.write_text(text)
     return path

@@ -1,4 +1,4 @@
-"""Settings of a teacher whose weights are the learner's, without its adapters."""
+"""The settings of a teacher that uses the learner's weights without its adapters."""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""Names of TRL, verl and OpenRLHF lead to ours, short forms are read, and text is quoted right."""
+"""Names of TRL, verl and OpenRLHF lead to our names, short forms are accepted, and text is
+quoted.
+"""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A teacher with its own end token or its own prompts answers about the student's tokens."""
+"""A teacher with its own end token or its own prompts scores the student's tokens."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +21,13 @@ from tests.support.batches import make_batch, token_columns
 from tests.support.pairs import END, EOS, TURN, pair_overrides, save_pair
 
 OWN = (TURN, 5, 6, END, TURN)
-"""The first prompt as the teacher's chat template writes it."""
+"""The first prompt in the form of the teacher's chat template."""
 
 PROMPTS = [
     ((1, END, 5, EOS, 6), [(7, EOS, 8, EOS), (9, END, EOS)]),
     ((1, 10), [(11, EOS), (12, 13, 14, EOS)]),
 ]
-R = 13  # response tokens of the batch
+R = 13  # number of response tokens in the batch
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def scorer(folder: Path, *overrides: str) -> Scorer:
 
 
 def exchanged(ids: np.ndarray) -> np.ndarray:
-    """By a table, in the place of the code that is tested."""
+    """The ids with both end tokens exchanged, by a table instead of the code that is tested."""
     table = np.arange(25)
     table[[EOS, END]] = END, EOS
     return table[ids]
@@ -54,7 +54,7 @@ def expected(folder: Path, batch: RolloutBatch, own: dict[int, tuple[int, ...]])
     """[R, V] the teacher's log-probs of the student's tokens, one sequence at a time.
 
     Args:
-        own: prompts that it reads in the place of the student's, by the group.
+        own: the prompts that the teacher reads instead of the student's, by group.
     """
     model = load_model(str(folder / "teacher"))
     rows = []
@@ -70,7 +70,7 @@ def expected(folder: Path, batch: RolloutBatch, own: dict[int, tuple[int, ...]])
 
 
 def with_prompts(batch: RolloutBatch, own: tuple[int, ...]) -> RolloutBatch:
-    """The batch in which the teacher has a prompt of its own in the first group."""
+    """The batch with an own prompt of the teacher for the first group."""
     return replace(batch, teacher_prompts=({"main": own}, {}))
 
 
@@ -90,11 +90,15 @@ def test_ids_are_exchanged_and_exchanged_back():
 
 ENDS = EndTokens(student=2, teacher=1)
 Q = [1 / 2, 1 / 3, 1 / 6]
-"""The teacher ends a response with token 1, in 1 of 3 cases. The student ends it with token 2."""
+"""The teacher's distribution. It ends a response with token 1, in 1 of 3 cases; the student ends
+one with token 2.
+"""
 
 
 def answer(evidence: Evidence) -> TokenScores:
-    """The answer about one response (2), which only ends, after a prompt of one token."""
+    """The teacher's scores of one response that is only the end token 2, after a prompt of one
+    token.
+    """
     batch = make_batch([((0,), [(2,)])])
     context = Context(teacher="main", ends=ENDS)
     read = context.read(batch)
@@ -119,7 +123,7 @@ def answer(evidence: Evidence) -> TokenScores:
 
 @pytest.mark.parametrize("evidence", [Hidden(drawn=False), Vocabulary(drawn=False)])
 def test_the_dense_gradient_of_three_tokens_is_the_one_by_hand(evidence: Evidence):
-    """p = (1/3, 1/3, 1/3) and q = (1/2, 1/6, 1/3) as the student reads it: c = log p/q is
+    """With p = (1/3, 1/3, 1/3), and q = (1/2, 1/6, 1/3) in the student's tokens, c = log p/q is
     (log 2/3, log 2, 0), KL = log(4/3) / 3, and the gradient is p (c - KL).
     """
     head = torch.eye(3)

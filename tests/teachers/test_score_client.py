@@ -1,4 +1,4 @@
-"""The client of a teacher's server, against one with scripted answers."""
+"""The client of a teacher's server, tested with a server that gives scripted answers."""
 
 import asyncio
 from collections.abc import Callable
@@ -27,7 +27,9 @@ def score(
     pauses: list[float] | None = None,
     **served: float,
 ) -> list[ServedScores]:
-    """The scores of a server; the seconds of its pauses are recorded and not waited for."""
+    """The scores that the client gets from a server. Pauses before retries are recorded in `pauses`
+    instead of being waited for.
+    """
 
     async def record(seconds: float) -> None:
         if pauses is not None:
@@ -46,7 +48,7 @@ def test_a_sequence_gets_the_log_probs_of_its_tokens_and_of_the_most_likely_ones
         drawn, top = score(server, [SEQUENCE], 0), score(server, [SEQUENCE], 3)
     assert drawn[0].logprobs.tolist() == pytest.approx([0, -5.1, -2.2])
     assert drawn[0].top_ids.shape == (3, 0)
-    # Token 5 is none of the three most likely ones, token 2 is.
+    # Token 2 is one of the three most likely tokens, token 5 is not.
     assert top[0].logprobs.tolist() == pytest.approx([0, -5.1, -2.2])
     assert top[0].top_ids.tolist() == [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
     assert top[0].top_logprobs[1].tolist() == pytest.approx([-0.1, -1.1, -2.1])
@@ -64,7 +66,7 @@ def test_a_failure_that_may_pass_is_followed_by_a_pause_and_another_attempt():
     assert answer.logprobs.tolist() == pytest.approx([0, -5.1, -2.2])
     statuses = [event.split()[-1] for event in server.events]
     assert statuses == ["503", "429", "500", "200", "0", "200"]
-    # The second pause is what the header Retry-After demands; the others are random.
+    # The second pause is that of the header Retry-After; the others are random.
     assert pauses[1] == 7
     assert all(0 <= pause <= limit for pause, limit in zip(pauses, (0.5, 7, 2, 4, 8), strict=True))
 

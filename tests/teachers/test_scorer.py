@@ -1,4 +1,4 @@
-"""What a teacher sends of each response token, against a plain forward pass of the same model."""
+"""The scores of response tokens that a teacher sends, compared with a plain forward pass."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def drawn(batch: RolloutBatch) -> torch.Tensor:
 def test_a_report_counts_all_tokens_of_the_sequences_and_the_peak_of_its_own_call(folder: Path):
     """PROMPTS have sequences of 6, 5, 4 and 6 tokens."""
     one = scorer(folder)
-    readings = iter([1, 70, 2, 1, 60, 2])  # before the call, in it, and when the report is made
+    readings = iter([1, 70, 2, 1, 60, 2])  # each call reads before it, at its end, for the report
     one.peaks = PeakMemory(lambda: next(readings))
     works = [one.score(make_batch(PROMPTS))[0].work for _ in range(2)]
     assert [work.tokens for work in works] == [21, 21]
@@ -164,7 +164,7 @@ def test_a_teacher_that_answers_from_a_table_is_one_file_of_the_users(
     before = torch.from_numpy(batch.input_ids[np.flatnonzero(batch.response_mask) - 1]).long()
     logq = table[before].gather(1, drawn(batch)[:, None])[:, 0]
     assert torch.allclose(torch.from_numpy(scores.logprobs[batch.response_mask]), logq, atol=1e-6)
-    # What the learner makes of it: the head of the table's own file where states travel.
+    # The learner's side: if hidden states are sent, it loads the head from the table's own file.
     settings = load_config([*base_of(folder), *own])
     inbox = TeacherInbox.load(
         settings, make_objective(settings).needs.evidence, torch.device("cpu")
@@ -186,7 +186,7 @@ def test_the_learners_own_output_embedding_is_not_copied_for_a_teacher_that_shar
     evidence = [Hidden(drawn=False)]
     inbox = TeacherInbox.load(load_config([*base_of(folder), *shared]), evidence, device, own)
     assert inbox.heads[0].data_ptr() == own.data_ptr() and len(inbox.heads[0]) == len(own) - 1
-    # With another end token two of its rows are exchanged, in a copy.
+    # With another end token the head is a copy in which two rows are exchanged.
     other = load_config([*base_of(folder), *shared, "+teachers.main.eos=1"])
     (head,) = TeacherInbox.load(other, evidence, device, own).heads
     assert head[1].tolist() == own[2].tolist() == [2.0] and own[1].tolist() == [1.0]
@@ -227,7 +227,7 @@ def test_a_prompt_that_is_routed_elsewhere_costs_no_forward_pass(folder: Path):
     )
     _, scores = one.score(batch)
     assert not scores.rows[:5].any() and scores.rows[5:].any(axis=1).all()
-    assert seen == [(2, 6)]  # the second prompt's two sequences, padded
+    assert seen == [(2, 6)]  # the two padded sequences of the second prompt
 
 
 def test_log_probs_of_data_are_computed_once_and_those_of_samples_every_time(folder: Path):

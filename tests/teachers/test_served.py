@@ -1,4 +1,4 @@
-"""A teacher that a server runs: its scorer, against servers with scripted answers."""
+"""The scorer of a teacher that a server runs, tested with servers that give scripted answers."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def scorer(student: Path, url: str, *more: str) -> ServedScorer:
 
 
 def of_table(sequence: np.ndarray) -> list[float]:
-    """The scripted server's log-probs of the tokens of a sequence, but for the first."""
+    """The scripted server's log-probs of all tokens of a sequence except for the first."""
     return [-(int(token) + t / 10) for t, token in enumerate(sequence[1:], 1)]
 
 
@@ -131,7 +131,7 @@ def test_the_next_server_scores_a_chunk_whose_server_is_lost_and_those_after_it(
             one.score(batch)
         assert len(second.bodies) == 8, "the whole chunk, and the next one"
         assert sent.logprobs[batch.response_mask].all()
-        # The second server is lost too, and the first one stayed away.
+        # Now the second server is lost too, while the first one is still away.
         second.script[:] = [(500, {"error": "out of memory"})] * 4
         with pytest.raises(ServerError) as caught:
             one.score(batch)

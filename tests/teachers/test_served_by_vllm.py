@@ -1,5 +1,5 @@
-"""A teacher that vLLM's own server runs, against the same model loaded here. The server is started
-once; tests/teachers/test_served.py has servers that are lost.
+"""A teacher that vLLM's own server runs, compared with the same model in this process. The server
+is started once; tests/teachers/test_served.py tests the loss of servers.
 """
 
 import os
@@ -99,7 +99,7 @@ def wait_until_up(server: Server) -> None:
 
 
 def end(server: Server) -> None:
-    """Kill the server and its engine, which is a process of its own."""
+    """Kill the server and its engine, which is a separate process."""
     if server.process.poll() is None:
         os.killpg(server.process.pid, signal.SIGKILL)
     server.process.wait(30)
@@ -116,7 +116,7 @@ def served(settings: RunSettings) -> ServedScorer:
 
 
 def local(server: Server, *more: str) -> TokenScores:
-    """The scores of the same model, loaded here."""
+    """The scores of the same model, loaded in this process."""
     settings = load_config(
         [
             f"run.dir={server.folder}/run",
@@ -134,7 +134,7 @@ def local(server: Server, *more: str) -> TokenScores:
 
 @pytest.mark.parametrize("more", [(), TOPK])
 def test_a_server_gives_the_log_probs_of_the_same_model_here(server: Server, more: tuple[str, ...]):
-    """In float32, to 1e-5 nats."""
+    """In float32 they agree to 1e-5 nats."""
     expected = local(server, *more)
     _, scores = served(server.settings(*more)).score(make_batch(PROMPTS))
     assert expected.logprobs.any()
@@ -182,7 +182,7 @@ def test_a_server_with_other_tokens_is_refused_and_the_tokens_are_named(server: 
 
 
 def test_the_size_of_an_answer_is_what_the_plan_expects(server: Server):
-    """Within 20 %, for a sequence of 48 tokens."""
+    """They agree within 20 % for a sequence of 48 tokens."""
     one = served(server.settings(*TOPK))
     (answer,) = one.answers([[1, *range(4, 21), *range(4, 21), *range(4, 17)]])
     per_logprob = answer.nbytes / answer.top_ids.shape[0] / (1 + answer.top_ids.shape[1])

@@ -1,4 +1,4 @@
-"""A teacher over two and three processes, against the same teacher in one."""
+"""A teacher that is divided over two and three processes, compared with the same teacher in one."""
 
 import json
 from pathlib import Path
@@ -20,10 +20,10 @@ from tests.support.sharded_teacher_job import EVIDENCE, batch_of, settings_for
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """By the number of ranks, the folder with the models and what the ranks wrote; two ranks of a
-    tied model, three of an untied one.
+    """The folder with the models and the results of the ranks, by the number of ranks: two ranks
+    with a tied model, and three with an untied one.
 
-    Neither 2 nor 3 divides its vocabulary of 23, and 3 does not divide its 4 heads.
+    Neither 2 nor 3 divides the vocabulary of 23 tokens, and 3 does not divide the 4 heads.
     """
     folders = {ranks: tmp_path_factory.mktemp(f"sharded-{ranks}") for ranks in (2, 3)}
     for ranks, folder in folders.items():
