@@ -1,4 +1,4 @@
-"""Each verb of tools/bench with its smallest sizes runs, and writes the keys that readers need."""
+"""Each verb of tools/bench runs with its smallest sizes, and writes the expected keys."""
 
 import importlib.util
 import json
@@ -21,19 +21,19 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def one_ray() -> Iterator[None]:
-    """A Ray for the verbs: each uses the one that its process is connected to already."""
+    """Start a Ray that all verbs share: each verb uses a Ray to which its process is connected."""
     with importable_benchmarks(), Cluster(settings_of()):
         yield
 
 
 def arguments_for(tmp_path: Path, *arguments: str) -> list[str]:
-    """`tools/bench ARGUMENTS` that writes its JSON and its picture."""
+    """Arguments of `tools/bench` with which it also writes its JSON and its picture."""
     files = ["--json", str(tmp_path / "results.json"), "--picture", str(tmp_path / "results.png")]
     return [*arguments, *files]
 
 
 def written(tmp_path: Path) -> dict:
-    """The JSON that it wrote, beside its picture."""
+    """The JSON that `tools/bench` wrote; its picture must exist too."""
     assert (tmp_path / "results.png").stat().st_size > 1000
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"cpu", "cores", "commit"} <= results["machine"].keys()
@@ -41,13 +41,13 @@ def written(tmp_path: Path) -> dict:
 
 
 def bench(tmp_path: Path, *arguments: str) -> dict:
-    """What `tools/bench ARGUMENTS` writes, run in this process."""
+    """Run `tools/bench ARGUMENTS` in this process; returns the JSON that it writes."""
     assert main(arguments_for(tmp_path, *arguments)) == 0
     return written(tmp_path)
 
 
 def bench_alone(tmp_path: Path, *arguments: str) -> dict:
-    """The same by its command, in a process that starts its own Ray."""
+    """Run the command `tools/bench ARGUMENTS`, which starts its own Ray; returns its JSON."""
     env = os.environ | {
         "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT}",
         "OMP_NUM_THREADS": "1",
@@ -63,7 +63,7 @@ def bench_alone(tmp_path: Path, *arguments: str) -> dict:
 
 @pytest.mark.graph
 def test_the_pipeline_bench_compares_three_schedules_and_loses_no_prompt(tmp_path, one_ray):
-    """The bench itself asserts that every prompt is trained on once, or owed."""
+    """The bench itself asserts that every prompt is trained on once, or will be drawn again."""
     results = bench(
         tmp_path,
         "pipeline",
@@ -104,7 +104,7 @@ def test_the_overhead_bench_grows_engines_groups_and_tokens(tmp_path, one_ray):
 
 @pytest.mark.graph
 def test_the_overhead_bench_runs_the_same_requests_and_micro_batches_bare(tmp_path, one_ray):
-    """The bench itself asserts that a bare engine samples the same number of tokens, in fp32."""
+    """The bench itself asserts that a bare engine in fp32 samples the same number of tokens."""
     results = bench(
         tmp_path,
         "overhead",
@@ -142,8 +142,8 @@ def test_the_evidence_bench_finds_narrower_states_worse_than_bfloat16(tmp_path, 
 
 @pytest.mark.graph
 def test_the_start_bench_measures_each_worker_alone_and_all_together(tmp_path, one_ray):
-    """Of the imports, each of which takes seconds, it measures one, and of the workers two alone;
-    the other modules can be found, and the other workers start in all together.
+    """It measures one import, because each takes seconds, and two workers alone. For the other
+    modules it is enough that they exist; the other workers start together with all.
     """
     chosen = ["--imports", "driver", "--workers", "reward", "learner"]
     results = bench(tmp_path, "start", "--repeats", "1", *chosen)
@@ -165,8 +165,8 @@ def test_all_workers_together_are_compared_with_the_slowest_alone():
 def test_the_scale_bench_gives_the_same_calls_whether_workers_have_a_process_each_or_share(
     tmp_path, one_ray
 ):
-    """3 calls for each of 18 chunks; each of 4 engines loads weights, samples a probe and answers a
-    ping, each of 2 ranks learns, packs and checks the probe. A slow step has more pings.
+    """There are 3 calls for each of 18 chunks; each of 4 engines loads weights, samples a probe and
+    answers a ping; each of 2 ranks learns, packs and checks the probe. A slow step has more pings.
     """
     sizes = ["--engines", "4", "--scorers", "1", "--ranks", "2", "--groups", "18"]
     small = ["--base-groups", "18", "--processes", "7", "--few", "4", "--repeats", "1"]
@@ -179,8 +179,8 @@ def test_the_scale_bench_gives_the_same_calls_whether_workers_have_a_process_eac
 
 @pytest.mark.graph
 def test_the_tree_bench_finds_one_copy_on_each_node_both_ways(tmp_path):
-    """It starts several nodes, so it cannot share a Ray, and is run by its command. Ray lets a node
-    that has the copy already send it on, so who sends how many is not fixed.
+    """It starts several nodes, so it cannot share a Ray and is run as a command. In Ray any node
+    with a copy may send it to others, so the number of copies that a node sends is not fixed.
     """
     sizes = ["--nodes", "4", "--engines-per-node", "1", "--mb", "2", "--repeats", "1"]
     rows = bench_alone(tmp_path, "tree", *sizes)["rows"]

@@ -47,7 +47,9 @@ def test_every_fault_is_there_once_and_its_proof_is_a_file():
 
 
 def test_every_word_that_selects_tests_of_a_fault_is_in_the_name_of_one():
-    """A word that selects nothing leaves a fault out in silence, or fails it for want of tests."""
+    """If a word selects no test, a fault is silently not tested, or fails because it has no
+    tests.
+    """
     unused = []
     for fault in matrix.MATRIX:
         if isinstance(fault.do, str):
@@ -143,7 +145,9 @@ def test_prompts_are_lost_or_trained_twice_against_the_run_without_a_fault(tmp_p
 
 
 def test_ray_is_the_version_whose_options_were_read():
-    """After an upgrade: read what tools/chaos_faults/ray_options.py lists, then change VERSION."""
+    """After an upgrade, read the code that tools/chaos_faults/ray_options.py lists, then change
+    VERSION.
+    """
     assert ray.__version__.rpartition(".")[0] == ray_options.VERSION
 
 

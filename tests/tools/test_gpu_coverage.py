@@ -1,4 +1,4 @@
-"""Every line that depends on the device is executed by a test, or named with the reason."""
+"""Every line that depends on the device is executed by a test, or is listed with a reason."""
 
 import ast
 import builtins

@@ -1,4 +1,4 @@
-"""tools/gpu_proof: which steps run, what passes and fails, what is written; on CPUs."""
+"""tools/gpu_proof on CPUs: which steps run, which checks pass and fail, and what is written."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_every_form_of_evidence_is_within_its_limits_on_this_machine():
 
 
 def test_a_gradient_that_is_a_thousandth_too_large_fails_in_float32(monkeypatch):
-    """In fp64 the gradient stays right, as a kernel of its own for the GPU would leave it."""
+    """In fp64 the gradient stays right, as if only the GPU's own kernel were wrong."""
 
     def broken(rule, forms, logits, dtype):
         work = row_work(rule, forms, logits, dtype)
@@ -132,13 +132,13 @@ def test_a_triton_kernel_with_a_wrong_number_fails_where_that_number_counts():
     )
     verdicts = json.loads(done.stdout)
     assert verdicts["Triton rows, gradient, reverse_kl of 0"] == "fail"
-    assert verdicts["Triton rows, values, forward_kl of 0"] == "fail"  # the norm of that part
+    assert verdicts["Triton rows, values, forward_kl of 0"] == "fail"  # by its column sparse_sq
     assert verdicts["Triton rows past entry 2**31"] == "not run"
     assert verdicts["differing"] == 0
 
 
 def test_products_that_round_their_sums_fail():
-    """As those of a CPU do, where the logits alone keep theirs."""
+    """On a CPU all products round their sums, except for those of the logits."""
     checks = list(products.products_on("cpu", 64, 32, 48))
     assert [c.verdict for c in checks] == ["pass", "fail", "fail"]
     assert all(c.value > 1e-3 for c in checks[1:] if c.value is not None)
@@ -162,7 +162,9 @@ def bench_result(seconds: float, extra: int) -> dict:
 
 
 def test_a_pass_that_is_slow_or_large_fails_and_a_cpu_says_nothing_about_it(tmp_path):
-    """10 bytes x 1024 x 1000 and 4 x 10 x 1000 are 10,280,000 bytes, and a tenth more passes."""
+    """The expected memory is 10 x 1024 x 1000 + 4 x 10 x 1000 = 10,280,000 bytes; a tenth more
+    passes.
+    """
 
     def verdicts(result: dict, device: str = "cuda") -> list[str]:
         return [c.verdict for c in head_speed.limits(result, 0.5, ground(tmp_path, device))]
@@ -206,7 +208,7 @@ def test_a_part_is_not_run_where_something_is_missing_and_the_reason_names_it(
 
 
 def test_a_part_whose_process_ends_early_keeps_its_checks_and_fails(tmp_path, monkeypatch):
-    """The process prints one check and is then killed; the next one exceeds its time."""
+    """The first process prints one check and is then killed; the next one exceeds its time."""
     script = tmp_path / "python"
     line = 'CHECK {"name": "first", "verdict": "pass"}'
     monkeypatch.setattr(part_process.sys, "executable", str(script))
@@ -327,8 +329,8 @@ os._exit(0)
 
 
 def test_the_learner_steps_and_resumes_as_the_reference_and_a_wrong_learning_rate_fails(tmp_path):
-    """With ZeRO 3. A rate that is a hundredth too large leaves the first loss as it was, and is
-    seen in later ones and in the distance.
+    """The learner uses ZeRO 3. A learning rate that is 1 % too large does not change the first
+    loss, but later losses and the distance of the weights.
     """
     done = subprocess.run(
         [sys.executable, "-c", STEPPED, str(tmp_path)],
@@ -366,7 +368,7 @@ def test_a_peak_a_quarter_off_the_plan_fails_and_bytes_must_be_exact(tmp_path):
     assert verdict("peak", 1000 * mib, 850 * mib) == "pass"
     assert verdict("peak", 1000 * mib, 1250 * mib) == "fail"
     assert verdict("peak", 1000 * mib, 800 * mib) == "fail"
-    assert verdict("peak", 100 * mib, 800 * mib) == "figure"  # too small on a GPU
+    assert verdict("peak", 100 * mib, 800 * mib) == "figure"  # too small to be judged on a GPU
     assert verdict("peak", 1000 * mib, 800 * mib, "cpu") == "figure"
     assert [verdict("weights", 100, seen) for seen in (100, 101)] == ["pass", "fail"]
 
@@ -509,7 +511,7 @@ main([sys.argv_part, sys.argv_ground])
 def test_the_first_step_runs_where_only_torch_triton_and_transformers_are_installed(
     part: str, tmp_path: Path
 ):
-    """No other package can be imported, also none of its own requirements."""
+    """No other package can be imported, not even hybridrl's own requirements."""
     script = ALONE.replace("sys.argv_part", repr(part)).replace(
         "sys.argv_ground", repr(ground(tmp_path).to_json())
     )

@@ -13,7 +13,9 @@ IMAGES = {"cluster/Dockerfile.cpu": "tools/setup", "cluster/Dockerfile.gpu": "to
 
 
 def instructions(name: str) -> list[tuple[str, str]]:
-    """Instruction and arguments of each line of a Dockerfile; continued lines are joined."""
+    """The instruction and its arguments in each line of a Dockerfile, with continued lines
+    joined.
+    """
     lines = (ROOT / name).read_text().splitlines()
     code = "\n".join(line for line in lines if line and not line.startswith("#"))
     joined = re.sub(r"\s*\\\n\s*", " ", code).splitlines()
@@ -26,7 +28,9 @@ def arguments(name: str, instruction: str) -> list[str]:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_keeps_the_rules_of_hadolint(name: str) -> None:
-    """By number: what the linter itself would say of these instructions, and no others are used."""
+    """The comments give the numbers of the linter's rules for these instructions; others are not
+    used.
+    """
     used = {word for word, _ in instructions(name)}
     assert used == {"FROM", "RUN", "USER", "WORKDIR", "COPY", "ENV", "CMD"}  # DL3020: no ADD
     [base] = arguments(name, "FROM")
@@ -48,7 +52,7 @@ def test_an_image_runs_as_a_user_without_rights_and_installs_from_its_lock(name:
     setup = next(i for i, (_, rest) in enumerate(lines) if f"&& {IMAGES[name]} &&" in rest)
     assert arguments(name, "USER") == ["hybridrl"]  # DL3002
     assert lines.index(("USER", "hybridrl")) < setup
-    # The packages are a layer of their own: the code is copied after them.
+    # The packages are in their own layer, because the code is copied after their installation.
     assert lines.index(("COPY", "--chown=hybridrl . .")) > setup
 
 

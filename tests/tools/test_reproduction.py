@@ -1,4 +1,6 @@
-"""tools/reproduce: its arithmetic by hand, its rules on made-up numbers, its committed pages."""
+"""tools/reproduce: its arithmetic checked by hand, its rules on invented numbers, its committed
+pages.
+"""
 
 import json
 import random
@@ -65,13 +67,15 @@ from hybridrl.settings.choices import Products
 from hybridrl.settings.settings_file import load_settings
 
 LAB = Lab()
-"""Of experiments that train nothing."""
+"""The lab of experiments that train nothing."""
 
 by_id = pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.id)
 
 
 def workers_of(experiment: Experiment) -> tuple:
-    """What of its small run needs other workers, which take most of a minute to start."""
+    """The settings of an experiment's small run for which workers must be started anew, which takes
+    most of a minute.
+    """
     settings = experiment.arms[0].small_settings
     return (
         settings.get("model.path", "builtin:countdown-student"),
@@ -85,7 +89,7 @@ TRAINED = sorted(
     (e for e in EXPERIMENTS if any(arm.trains for arm in e.arms)),
     key=lambda e: (*workers_of(e), e.arms[0].measure.__module__),
 )
-"""Those with the same workers one after the other."""
+"""The experiments that train, ordered so that those with the same workers follow each other."""
 UNTRAINED = [e for e in EXPERIMENTS if not all(arm.trains for arm in e.arms)]
 
 
@@ -101,21 +105,25 @@ def test_an_interval_is_that_of_students_t():
 
 
 def test_two_informative_samples_of_a_bit_are_right_or_tied():
-    """By hand, delta=0.1: none is a guess; one is right in 0.9; two in 0.81, tied in 0.18."""
+    """With delta=0.1, no sample leaves a guess, one is right with probability 0.9, and two are both
+    right with 0.81 and tied with 0.18.
+    """
     assert bottleneck.majority(0, 0.1) == 0.5
     assert bottleneck.majority(1, 0.1) == pytest.approx(0.9)
     assert bottleneck.majority(2, 0.1) == pytest.approx(0.81 + 0.18 / 2)
 
 
 def test_one_sample_of_two_contexts_settles_half_of_the_bits():
-    """Online it settles its own context's; offline only if it is informative, here in 1 of 4."""
+    """Online it settles the bit of its own context; offline only if it is informative, here in 1 of
+    4 cases.
+    """
     assert bottleneck.online_value(1, 2) == pytest.approx(0.75)
     assert bottleneck.offline_value(1, 0.5, 2, 0.0) == pytest.approx(0.5 + 0.25 / 2)
     assert bottleneck.offline_value(128, 0.01, 32, 0.05) == pytest.approx(0.524, abs=0.012)
 
 
 def test_the_projections_of_the_gaussian_expert_are_those_of_the_formula():
-    """|mean - expert|^2 / 2 is least at m=2 in class A and at a=0 in class B."""
+    """|mean - expert|^2 / 2 has its minimum at m=2 in class A and at a=0 in class B."""
     arms = {arm.name: arm for arm in gaussian.EXPERIMENT.arms}
     near = arms["A, reverse KL"].small_numbers(LAB)
     assert near["mean"] == pytest.approx(2, abs=1e-3)
@@ -137,7 +145,7 @@ def test_with_gamma_1_the_discounted_gradient_is_that_of_the_objective():
 
 
 def test_with_half_of_the_labels_swapped_no_loss_learns_anything():
-    """The labels say nothing then, and the reference's own mean reward is 0."""
+    """The labels then contain no information, and the mean reward of the reference is 0."""
     for arm in preference_bandit.EXPERIMENT.arms:
         if "rejected" not in arm.name:
             numbers = arm.small_numbers(LAB)
@@ -180,7 +188,9 @@ def test_the_variance_is_judged_by_the_interval_of_the_reduction(reductions, ver
 
 
 def counting(counter: count, folder: Path, *, fails: bool = False) -> Records:
-    """An experiment of one arm and two seeds, whose number is how many were measured before."""
+    """An experiment with one arm and two seeds, whose result is the number of earlier
+    measurements.
+    """
 
     def measure(settings, seed, lab):
         if seed == 1 and fails:
@@ -206,7 +216,9 @@ def counting(counter: count, folder: Path, *, fails: bool = False) -> Records:
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
-    """Each call measures the small run once for the digest; the first call both seeds besides."""
+    """Each call measures the small run once for the digest; the first call also measures both
+    seeds.
+    """
     counter = count()
     records = counting(counter, tmp_path)
     assert run_missing(records, LAB) == 0
@@ -237,7 +249,9 @@ def test_a_run_is_missing_once_the_code_computes_something_else(tmp_path):
 
 
 def test_seeds_of_different_code_are_not_judged_together(tmp_path):
-    """Of two seeds by the code "a" one was run again by "b"; lines of old files have no digest."""
+    """Two seeds were run by the code "a", and one of them again by "b"; old lines have no
+    digest.
+    """
     records = counting(count(), tmp_path)
     (arm,) = records.experiment.arms
 
@@ -282,10 +296,10 @@ def test_a_line_that_a_crash_has_cut_does_not_spoil_the_next_one(tmp_path):
 
 
 def test_a_run_that_a_signal_stops_has_no_line_and_is_run_by_the_next_call(tmp_path):
-    """The page shows what was finished before it."""
+    """The page shows the runs that were finished before the signal."""
     records = counting(count(), tmp_path)
     (arm,) = records.experiment.arms
-    stops = iter((False, False, True))  # the small run, seed 0, seed 1
+    stops = iter((False, False, True))  # of the small run, seed 0 and seed 1
 
     def measure(settings, seed, lab):
         if next(stops, False):
@@ -335,7 +349,7 @@ def test_a_model_is_made_once_and_stands_for_its_name_in_settings(tmp_path, monk
 
 
 def test_the_student_of_chains_is_one_that_solves_a_share_of_the_longest(monkeypatch):
-    """The student of Countdown solves none."""
+    """The student of Countdown solves no chain."""
     model = load_model("builtin:countdown-student")
     tokenizer = load_tokenizer("builtin:countdown-student")
     assert not chain_models.is_student(model, tokenizer)
@@ -344,7 +358,9 @@ def test_the_student_of_chains_is_one_that_solves_a_share_of_the_longest(monkeyp
 
 
 def changed(experiment: Experiment, arms: str, **numbers: float) -> Verdict:
-    """Of the committed runs, with other numbers in all arms whose names have a part."""
+    """The verdict on the committed runs, with other numbers in all arms whose names contain
+    `arms`.
+    """
     runs = {
         arm: [
             replace(run, numbers={**run.numbers, **numbers}) if arms in arm else run for run in of
@@ -358,7 +374,7 @@ def changed(experiment: Experiment, arms: str, **numbers: float) -> Verdict:
     ("experiment", "arms", "numbers", "verdict"),
     [
         (gaussian, "A, reverse KL", {"value": 0.9}, Verdict.undecided),  # class A loses 0.08
-        (gaussian, "", {"value": 0.9}, Verdict.refuted),  # and B no more, and SFT nothing
+        (gaussian, "", {"value": 0.9}, Verdict.refuted),  # B does not lose more, and SFT nothing
         (bottleneck, "eps=0.01", {"offline_128": 0.98}, Verdict.refuted),
         (bottleneck, "eps=0.01", {"offline_2048": 0.95}, Verdict.undecided),
         (preference_bandit, "dil", {"noise_10": 1.9, "noise_25": 1.9}, Verdict.confirmed),
@@ -385,7 +401,7 @@ def test_the_seeds_of_an_arm_follow_each_other_so_that_they_have_the_same_worker
 
 
 def test_numbers_from_100_on_are_whole_in_a_table(tmp_path):
-    """The interval of 99999 and 100001 is 100000 +- 12.706."""
+    """The confidence interval of 99999 and 100001 is 100000 +- 12.706."""
     arm = counting(count(), tmp_path).experiment.arms[0]
     pairs = ((99_999, 0.25), (100_001, 0.25))
     runs = [run_of(arm, i, tokens=a, share=b) for i, (a, b) in enumerate(pairs)]
@@ -423,12 +439,12 @@ def test_an_unknown_experiment_is_refused_with_the_names_of_all(capsys):
 NOT_IN_SMALL_RUNS = {
     bottleneck.EXPERIMENT.id: {"offline_512", "online_512", "offline_2048", "online_2048"},
 }
-"""Columns of sizes that a small run leaves out."""
+"""The columns of sizes that small runs leave out, by experiment."""
 
 
 @pytest.mark.parametrize("experiment", UNTRAINED, ids=lambda e: e.id)
 def test_small_runs_give_all_numbers_that_the_table_shows(experiment):
-    """Each arm gives some of them."""
+    """Each arm gives some of the numbers."""
     known = set(experiment.columns)
     shown = set()
     for arm in experiment.arms:
@@ -442,7 +458,9 @@ def test_small_runs_give_all_numbers_that_the_table_shows(experiment):
 
 @pytest.mark.parametrize("experiment", TRAINED, ids=lambda e: e.id)
 def test_the_settings_of_arms_that_train_are_accepted(experiment, tmp_path):
-    """One arm for each set of names and of values that are words; the others differ in numbers."""
+    """One arm is tested for each set of settings and of their non-numeric values; other arms differ
+    only in numbers.
+    """
     arms = {
         tuple((key, isinstance(value, str) and value) for key, value in arm.settings.items()): arm
         for arm in experiment.arms
@@ -458,7 +476,7 @@ def test_the_settings_of_arms_that_train_are_accepted(experiment, tmp_path):
             settings = language_model.run_settings(settings, "some/teacher")
         loaded = load_settings(overrides(settings, 3, tmp_path / "run"))
         assert loaded.run.seed == 3 and loaded.train.steps == arm.settings["train.steps"]
-        assert loaded.train.products == Products.model  # from what all runs have in common
+        assert loaded.train.products == Products.model  # a setting of all runs
 
 
 @pytest.fixture(scope="module")
@@ -478,9 +496,9 @@ MEASURES = {
     "experiments", MEASURES.values(), ids=lambda same: "-".join(e.id for e in same)
 )
 def test_a_small_run_of_a_trained_arm_gives_the_numbers_of_its_table(experiments, small_lab):
-    """One for the experiments that measure by the same function: their settings differ, of which
-    tests/controller/test_methods.py trains with each method. The shipped student writes no
-    operation of a chain that could be right or wrong.
+    """One arm is run for all experiments that measure by the same function. They differ in their
+    settings; tests/controller/test_methods.py trains with each method. The shipped student writes
+    no operation of a chain that could be judged.
     """
     numbers = experiments[0].arms[0].small_numbers(small_lab)
     for experiment in experiments:
@@ -512,7 +530,9 @@ def test_every_committed_run_is_of_an_arm_and_a_seed_of_its_experiment(experimen
 
 
 def test_runs_that_would_take_longer_than_the_budget_are_refused(tmp_path):
-    """Of a small run of 3 s around its steps and 2 s a step: two runs of 30 steps take 126 s."""
+    """The small run takes 3 s besides its steps and 2 s per step, so two runs of 30 steps take
+    126 s.
+    """
 
     def measure(settings, seed, lab):
         lab.cost = Cost(around_s=3.0, step_s=2.0)
@@ -534,7 +554,7 @@ def test_runs_that_would_take_longer_than_the_budget_are_refused(tmp_path):
 
 
 def test_the_time_of_an_arm_whose_small_run_trains_a_smaller_model_is_that_of_its_own_steps():
-    """3 s around the steps and 30 steps of 10 s, whatever a step of the small run takes."""
+    """It is 3 s besides the steps and 30 steps of 10 s, whatever a step of the small run takes."""
     arm = Arm(
         name="large",
         settings={"train.steps": 30},
@@ -558,7 +578,7 @@ def test_arms_with_the_same_small_settings_share_one_small_run(tmp_path):
 
 
 def test_a_run_costs_its_median_step_and_what_is_around_the_steps():
-    """Steps of 1, 2 and 9 s and 21 s in all: 2 s a step, and 15 s around three of these."""
+    """Steps of 1, 2 and 9 s in a run of 21 s: 2 s per step, and 15 s besides three such steps."""
     rows = [{"train/step": float(i), "time/step_s": s} for i, s in enumerate((1.0, 2.0, 9.0))]
     cost = Trained(rows=rows, model=Path("nowhere"), seconds=21.0).cost
     assert cost == Cost(around_s=15.0, step_s=2.0)
@@ -570,7 +590,7 @@ def test_a_run_costs_its_median_step_and_what_is_around_the_steps():
     [
         ({}, Verdict.confirmed),  # every arm has the same numbers, up to noise
         ({"rloo": {"reward": 0.9}}, Verdict.refuted),
-        ({"hybrid, lambda=30": {"divergence": 1.0}}, Verdict.refuted),  # it falls
+        ({"hybrid, lambda=30": {"divergence": 1.0}}, Verdict.refuted),  # the divergence falls
     ],
 )
 def test_the_endpoints_are_judged_by_paired_differences(numbers, verdict):
@@ -617,14 +637,14 @@ def test_the_curriculum_is_judged_by_reward_and_divergence(gain, cost, verdict):
 
 
 def course_of(arm: Arm, seed: int, chosen: tuple[float, ...], rejected: tuple[float, ...]) -> Run:
-    """Log-probs of the untrained student are -1 throughout."""
+    """A run with these log-probs; those of the untrained student are always -1."""
     numbers = {f"chosen_{10 * (i + 1)}": -1 + x for i, x in enumerate(chosen)}
     numbers |= {f"rejected_{10 * (i + 1)}": -1 + x for i, x in enumerate(rejected)}
     return run_of(arm, seed, **numbers)
 
 
 def test_chosen_log_probs_are_compared_at_equal_margin():
-    """The margin is 0.1, then 0.3; at 0.2, half-way between, chosen has fallen by 0.15."""
+    """The margin is 0.1, then 0.3; half-way, at 0.2, the chosen log-prob has fallen by 0.15."""
     arm = chosen_likelihood.EXPERIMENT.arms[0]
     untrained = course_of(arm, 0, (0.0, 0.0), (0.0, 0.0))
     run = course_of(arm, 0, (-0.1, -0.2), (-0.2, -0.5))
@@ -682,7 +702,7 @@ def test_realizability_is_judged_by_the_gain_of_on_policy_imitation(offline, cop
         (0.01, 0.05, 0.3, Verdict.confirmed),
         (0.05, 0.01, 0.3, Verdict.refuted),
         (0.03, 0.03, 0.3, Verdict.undecided),
-        (0.06, 0.05, 0.4, Verdict.confirmed),  # it loses more, and has learned twice as much
+        (0.06, 0.05, 0.4, Verdict.confirmed),  # it loses more, but has learned twice as much
     ],
 )
 def test_label_noise_is_judged_by_the_share_of_the_gain_that_is_kept(dil, others, clean, verdict):
@@ -705,7 +725,7 @@ def test_label_noise_is_judged_by_the_share_of_the_gain_that_is_kept(dil, others
     ],
 )
 def test_epochs_are_judged_by_the_chosen_likelihood_at_their_end(dil, dpo, verdict):
-    """Log-probs change evenly, to `dil` or `dpo` in the last of 20 windows."""
+    """The log-probs change linearly, to `dil` or `dpo` in the last of 20 windows."""
     ends = {preference_runs.UNTRAINED: 0.0, **dict.fromkeys(epochs.DIL, dil)}
     even = [window / 20 for window in range(1, 21)]
     runs = {}
@@ -771,7 +791,7 @@ def test_generalisation_is_judged_by_the_changes_since_the_start(
     ("online", "verdict"), [(0.20, Verdict.undecided), (0.30, Verdict.refuted)]
 )
 def test_a_task_that_no_student_solves_decides_nothing_of_generalisation(online, verdict):
-    """The old task alone can refute the claim, which is about both."""
+    """The claim is about both tasks, so the old task alone can refute it."""
     kept = {generalisation.ONLINE[True]: online, generalisation.OFFLINE[True]: 0.20}
     runs = {
         arm.name: [
@@ -848,14 +868,14 @@ def test_held_out_chains_are_the_same_at_every_call_and_are_never_trained_on(tmp
 
 
 def test_the_longest_chain_fits_into_the_context_of_the_tiny_model():
-    """With its first and its end token."""
+    """Including its first token and its end token."""
     (chain,) = chains.heldout(chains.MOST, 1)
     assert len(chain.solution) + 1 == chains.MAX_NEW_TOKENS
     assert 1 + len(chain.prompt) + chains.MAX_NEW_TOKENS <= tiny.MAX_LENGTH
 
 
 def test_imitation_ends_at_the_tenth_step_after_which_it_is_enough():
-    """20 steps of 4 examples."""
+    """It ends after 20 steps of 4 examples."""
     examples = (chains.heldout(1, 1)[0] for _ in count())
     used = count()
     counted = (example for example in examples if next(used) >= 0)
@@ -877,7 +897,7 @@ def test_imitation_ends_at_the_tenth_step_after_which_it_is_enough():
     ],
 )
 def test_the_discount_is_judged_by_where_the_objective_is_least(short, long, verdict):
-    """J of each gamma; without a reward it is the divergence."""
+    """The arguments are J for each gamma; without a reward J is the divergence."""
     runs = {}
     for operations, values in ((horizons.SHORT, short), (horizons.LONG, long)):
         for gamma, value in zip(horizons.GAMMAS, values, strict=True):
@@ -889,8 +909,8 @@ def test_the_discount_is_judged_by_where_the_objective_is_least(short, long, ver
 
 
 def test_the_operations_of_a_response_are_judged_by_the_result_before_them():
-    """7+5=12; 3*3=9 is right after the wrong 3; 9-8=1. An operation that is not the prompt's ends
-    the list.
+    """7+5=12; 3*3=9 is right after the wrong 3; 9-8=1. The first operation that differs from the
+    prompt's ends the list.
     """
     chain = chains.Chain(first=7, operations=(("+", 5), ("*", 3), ("-", 8)))
 
@@ -918,7 +938,9 @@ def test_the_operations_of_a_response_are_judged_by_the_result_before_them():
 def test_the_gain_of_on_policy_is_judged_by_its_growth_and_by_what_follows_errors(
     short, long, harm, spread, verdict
 ):
-    """Of the accuracy of an operation, which is 0.75 by SFT; `harm` is that of errors by SFT."""
+    """The rule is about the accuracy of an operation, which is 0.75 with SFT; `harm` is the harm of
+    earlier errors with SFT.
+    """
     gains = {exposure.SHORT: short, exposure.LONG: long}
     runs = {}
     for operations, gain in gains.items():
@@ -950,7 +972,7 @@ def test_the_gain_of_on_policy_is_judged_by_its_growth_and_by_what_follows_error
     ],
 )
 def test_the_language_model_is_judged_by_reward_and_objective(opd, in_reward, verdict):
-    """Of the hybrid they are 0.3 and -2."""
+    """The hybrid has the reward 0.3 and the objective -2."""
     rewards = {language_model.DISTILLATION: opd}
     objectives = {language_model.HYBRID: -2.0, language_model.IN_REWARD: in_reward}
     runs = {
@@ -994,7 +1016,9 @@ def test_the_teacher_of_the_language_model_learns_solved_sums(tmp_path):
 def test_strangers_are_judged_by_the_share_recovered_and_by_agreement(
     stranger, recovered, agreement, verdict
 ):
-    """Of the teacher of the student's weights they are 0.6 and 0.8."""
+    """For the teacher that has the student's initial weights, the share is 0.6 and the
+    agreement 0.8.
+    """
     kin = {"teacher_reward": 0.49, "recovered": 0.6, "agreement_start": 0.8}
     other = {"teacher_reward": stranger, "recovered": recovered, "agreement_start": agreement}
     runs = {
@@ -1060,8 +1084,8 @@ def test_the_total_variation_of_two_samples_is_half_of_the_sum_of_differences():
     ],
 )
 def test_trained_supports_are_judged_against_the_whole_vocabulary(near, single, spread, verdict):
-    """The whole vocabulary gives 0.3, and the other supports, which the rule leaves out, 0.1;
-    before training the greedy accuracy is 0.3.
+    """The whole vocabulary gives 0.3, and the other supports, which the rule ignores, 0.1; before
+    training the greedy accuracy is 0.3.
     """
     runs = {}
     others = dict.fromkeys(support_trained.CELLS, 0.1) | {support_trained.WHOLE: 0.3}
@@ -1082,7 +1106,7 @@ def test_trained_supports_are_judged_against_the_whole_vocabulary(near, single, 
 
 
 def rising_run(arm: Arm, seed: int, reaches: float, level: float) -> Run:
-    """The accuracy is 0.2 at the start, and the level from `reaches` responses on."""
+    """A run whose accuracy is 0.2 at the start, and `level` from `reaches` responses on."""
     interval = sample_efficiency.EVERY * sample_efficiency.RESPONSES_PER_STEP
     curve = {
         f"accuracy_{sample_efficiency.EVERY * i}": 0.2 if i * interval < reaches else level
@@ -1092,8 +1116,8 @@ def rising_run(arm: Arm, seed: int, reaches: float, level: float) -> Run:
 
 
 def test_an_accuracy_is_reached_where_the_line_to_the_first_of_two_evaluations_crosses_it():
-    """0.2 at the second evaluation, 0.6 from the third on: 0.5 after 1.75 intervals of 2560
-    responses; a single evaluation above it does not count.
+    """The accuracy is 0.2 at the second evaluation and 0.6 from the third on, so 0.5 is reached
+    after 1.75 intervals of 2560 responses. A single evaluation above it does not count.
     """
     arm = sample_efficiency.EXPERIMENT.arms[0]
     run = rising_run(arm, 0, 5120, 0.6)
@@ -1107,7 +1131,7 @@ def test_an_accuracy_is_reached_where_the_line_to_the_first_of_two_evaluations_c
     ("hybrid", "opd", "level", "verdict", "at"),
     [
         (2560, 5120, 0.55, Verdict.confirmed, "until 50.9%"),
-        (2560, 5120, 0.45, Verdict.confirmed, "until 43.2%"),  # none comes to 90 % of the teacher
+        (2560, 5120, 0.45, Verdict.confirmed, "until 43.2%"),  # none reaches 90 % of the teacher
         (5120, 2560, 0.55, Verdict.refuted, "until 50.9%"),
         (5120, 5120, 0.55, Verdict.undecided, "until 50.9%"),
         (2560, 5120, 0.40, Verdict.undecided, "no method reaches 43.2%"),
@@ -1116,7 +1140,7 @@ def test_an_accuracy_is_reached_where_the_line_to_the_first_of_two_evaluations_c
 def test_sample_efficiency_is_judged_at_the_highest_accuracy_that_a_method_reaches(
     hybrid, opd, level, verdict, at
 ):
-    """The other methods reach nothing."""
+    """The other methods do not reach this accuracy."""
     starts = {"hybrid": hybrid, "opd": opd}
     runs = {
         arm.name: [
@@ -1139,7 +1163,7 @@ def test_an_accuracy_that_a_single_seed_does_not_reach_decides_nothing():
 
 
 def test_a_reward_is_compared_with_the_mean_of_its_siblings():
-    """(1, 0, 0) against 0, 1/2 and 1/2; in the second group all are equal."""
+    """(1, 0, 0) is compared with 0, 1/2 and 1/2; in the second group all rewards are equal."""
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
     found = group_size.less_siblings(rewards, 3)
     assert found.tolist() == [1.0, -0.5, -0.5, 0.0, 0.0, 0.0]
@@ -1155,7 +1179,7 @@ def test_a_reward_is_compared_with_the_mean_of_its_siblings():
     ],
 )
 def test_the_group_size_is_judged_by_slope_and_variation(power, variation, verdict):
-    """A variance of K^power has that slope."""
+    """A variance of K^power has the slope `power`."""
     runs = {
         arm.name: [
             run_of(
@@ -1174,7 +1198,7 @@ def test_the_group_size_is_judged_by_slope_and_variation(power, variation, verdi
 
 
 def test_noise_swaps_that_share_of_the_pairs(tmp_path):
-    """Of 16 pairs, with noise=1 all are swapped, and held-out ones never are."""
+    """With noise=1 all 16 training pairs are swapped; held-out pairs never are."""
     right, heldout = own_pairs(tmp_path, pairs=16, noise=0.0, seed=0, apart=False, heldout=8)
     wrong, _ = own_pairs(tmp_path, pairs=16, noise=1.0, seed=0, apart=False, heldout=8)
     for one, other in zip(read_rows(right), read_rows(wrong), strict=True):
@@ -1192,7 +1216,9 @@ def test_noise_swaps_that_share_of_the_pairs(tmp_path):
 
 
 def test_pairs_that_are_held_out_apart_share_no_problem_with_the_others(tmp_path):
-    """Of 128 training pairs of a few thousand problems some would have one of 32 held-out pairs."""
+    """There are a few thousand problems, so some of 128 training pairs would have a problem of one
+    of 32 held-out pairs.
+    """
 
     def problems(path):
         return {(tuple(sorted(row["numbers"])), row["target"]) for row in read_rows(path)}
@@ -1211,7 +1237,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def made_up(seed: int) -> dict[str, float]:
-    """Every number that a picture or a table may ask for."""
+    """Invented values of every number that a picture or a table may use."""
     ends = range(10, 201, 10)
     return {
         **dict.fromkeys(("reward", "greedy", "ranked", "tokens"), 0.3 + 0.01 * seed),
@@ -1233,7 +1259,7 @@ def made_up(seed: int) -> dict[str, float]:
     "experiment", [*TRAINED, group_size.EXPERIMENT], ids=lambda experiment: experiment.id
 )
 def test_the_page_and_the_picture_can_be_made_once_all_runs_are_finished(experiment, tmp_path):
-    """Of made-up numbers: the real ones come after an hour."""
+    """They are made from invented numbers, because real ones take an hour."""
     records = Records(experiment, tmp_path)
     for arm in experiment.arms:
         for seed in experiment.seeds:
@@ -1246,8 +1272,8 @@ def test_the_page_and_the_picture_can_be_made_once_all_runs_are_finished(experim
 
 
 def test_a_teacher_is_zero_nats_from_itself_and_a_student_is_not():
-    """36 of its 64 greedy answers, 56 %, are right, as 56.6 % of 512 are in a run; the student
-    before training is 3.84 nats from it, on 512 problems.
+    """36 of the teacher's 64 greedy answers, 56 %, are right; in a run it is 56.6 % of 512. The
+    student before training has a divergence of 3.84 nats on 512 problems.
     """
     found = examine("builtin:countdown-teacher", "builtin:countdown-teacher", problems=64)
     assert found.divergence == 0

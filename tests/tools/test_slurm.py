@@ -17,7 +17,7 @@ import pytest
 from hybridrl.core.free_port import free_port
 
 ROOT = Path(__file__).parent.parent.parent
-# Runs its command here in place of a node of its own, with less memory and on free ports.
+# Stands for srun: runs its command on this machine, with less memory and on free ports.
 SRUN = """#!/usr/bin/env bash
 echo "$*" >>"$TRIAL/steps"
 while [[ "$1" == --* ]]; do shift; done
@@ -26,19 +26,19 @@ case "$1" in
   *) exec "$@" --num-cpus 1 --object-store-memory 100000000 ;;
 esac
 """
-# A head that stays, and workers that do not start.
+# Stands for srun: the head keeps running, and workers do not start.
 SRUN_OF_HEAD = """#!/usr/bin/env bash
 while [[ "$1" == --* ]]; do shift; done
 case "$1" in
   *head.sh) exec sleep 300 ;;
 esac
 """
-# The names of the nodes, more than a pipe holds: it must not be closed after the first one.
+# Prints more names of nodes than a pipe holds, so it fails if a reader stops after the first line.
 SCONTROL = """#!/usr/bin/env bash
 echo 127.0.0.1
 printf 'other-node-%d\\n' {1..20000}
 """
-# In place of the command that trains: what Ray offers to a run, and its arguments.
+# Stands for hybridrl: prints the resources that Ray offers to a run, and the run's arguments.
 HYBRIDRL = f"""#!{sys.executable}
 import json, os, sys
 import ray
@@ -67,7 +67,7 @@ def job(tmp_path):
         "TRIAL": str(tmp_path),
         "RAY_TMPDIR": sessions,
         "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_JOB_ID": str(port),  # its last four digits are those of the head's port
+        "SLURM_JOB_ID": str(port),  # its last four digits determine the head's port
         "SLURM_JOB_NODELIST": "two-nodes",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "3",
@@ -79,8 +79,8 @@ def job(tmp_path):
 def run(job: dict[str, str]) -> tuple[int, str, str]:
     """Run the job; returns its exit status, output and errors.
 
-    These go to files, as the Ray processes keep the output open until Slurm ends them, which the
-    signal to the job's process group stands for.
+    Output and errors go to files, because the Ray processes keep them open until Slurm ends them.
+    Here a signal to the job's process group ends them.
     """
     output = Path(job["TRIAL"], "output")
     errors = Path(job["TRIAL"], "errors")
@@ -90,7 +90,7 @@ def run(job: dict[str, str]) -> tuple[int, str, str]:
         try:
             status = batch.wait(timeout=200)
         finally:
-            with suppress(ProcessLookupError):  # all its processes have ended already
+            with suppress(ProcessLookupError):  # raised if all its processes have ended already
                 os.killpg(batch.pid, signal.SIGTERM)
     return status, output.read_text(), errors.read_text()
 
@@ -112,7 +112,9 @@ def test_a_slurm_job_starts_the_run_when_all_its_nodes_are_in_the_cluster(job, t
 
 
 def test_a_slurm_job_whose_workers_do_not_start_ends_with_a_message(job):
-    """Ray says that there is a head, and python that not all nodes are there."""
+    """The stand-ins for ray and python report that there is a head, but not all nodes have
+    joined.
+    """
     programs = {
         "srun": SRUN_OF_HEAD,
         "ray": "#!/usr/bin/env bash\nexit 0\n",

@@ -34,7 +34,7 @@ def cells() -> list[dict[str, Any]]:
 
 
 def executable(source: str) -> str:
-    """A cell as Python: the magic that writes a file becomes an open()."""
+    """A cell of the notebook as Python code, with the magic that writes a file replaced."""
     if not source.startswith(WRITE_FILE):
         return source
     first, _, text = source.partition("\n")

@@ -1,4 +1,4 @@
-"""A tracker that wants to end the process, and a stop signal that arrives while one works."""
+"""A tracker that raises SystemExit, and a stop signal that arrives while a tracker works."""
 
 import signal
 
@@ -8,7 +8,9 @@ from hybridrl.tracking.sink import Sinks
 
 
 class Ending:
-    """A sink that raises SystemExit with a code when it logs, and counts the rows it is given."""
+    """A sink that counts the rows it receives, and raises SystemExit with a code at each of
+    them.
+    """
 
     def __init__(self, code: int) -> None:
         self.code = code

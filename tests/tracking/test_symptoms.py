@@ -1,4 +1,4 @@
-"""A run from whose steps nothing is learned says so, and names the setting to change."""
+"""A run whose steps teach nothing warns, and names the setting to change."""
 
 import io
 import math
@@ -84,8 +84,8 @@ def test_a_step_that_teaches_nothing_or_is_slow_is_told_once_with_the_setting_to
         row(1, EQUAL, {"schedule/lambda": 0.0}),  # a reward that is only watched
         row(
             1, {"reward/mean": math.nan, "reward/stderr": math.nan}
-        ),  # one response, or none scored
-        row(1, {"rollout/length_mean": 1.0, "rollout/eos_frac": 0.0}),  # one token asked for
+        ),  # there is only one response, or none was scored
+        row(1, {"rollout/length_mean": 1.0, "rollout/eos_frac": 0.0}),  # one token requested
         row(0, CUT, EQUAL, STILL),  # an evaluation
         row(1, {"engine/rollout/preemptions": 0.0, "engine/rollout/waiting": 9.0}),
     ],

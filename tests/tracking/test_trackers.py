@@ -1,4 +1,6 @@
-"""The built-in trackers, each read back by its own library: a row a step, also after a resume."""
+"""The data of each built-in tracker, read by its own library: one row per step, also after a
+resume.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -29,8 +31,8 @@ def info(run_dir: Path, first_step: int = 0) -> RunInfo:
 
 
 def run_and_resume(make: Any, run_dir: Path) -> None:
-    """Three steps of which the third is lost, then a new process that continues after the second.
-    The reward of step n is n / 4, and of the second step 3 it is 1.
+    """Log three steps of which the third is lost, then continue after the second one with a new
+    sink. The reward of step n is n / 4, except that it is 1 in the repeated step 3.
     """
     first: Sink = make()
     first.start(info(run_dir))
@@ -72,7 +74,7 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
 
 @pytest.fixture
 def trackio_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """trackio reads its folder when it is imported."""
+    """A folder for trackio, which reads the setting of its folder only when it is imported."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, name)
@@ -90,7 +92,7 @@ def test_trackio_continues_the_run_of_the_checkpoint_and_stays_on_this_machine(
     [name] = SQLiteStorage.get_runs("hybridrl")
     assert name.startswith("demo-") and trackio_folder.is_dir()
     rows = [r for r in SQLiteStorage.get_logs("hybridrl", name) if "reward/mean" in r]
-    # What was logged after the checkpoint stays, and comes again.
+    # Rows that were logged after the checkpoint stay, and are logged again.
     assert [(r["step"], r["reward/mean"]) for r in rows] == [
         (1, 0.25),
         (2, 0.5),

@@ -1,4 +1,4 @@
-"""Tracking: nothing a run measured is lost, doubled or misreported."""
+"""Tracking: no measurement of a run is lost, duplicated or misreported."""
 
 import io
 import json
@@ -44,7 +44,7 @@ reward: {functions: {countdown: {function: countdown, weight: 1.0}}}
 
 
 SETTINGS = {"model": {"path": "builtin:student"}, "train": {"lr": 0.001}, "run": {"seed": 3}}
-"""The settings that a name of a run is made of."""
+"""The settings from which the name of a run is made."""
 
 
 def info(run_dir: Path, *, first_step: int = 0, total_steps: int = 4) -> RunInfo:
@@ -234,7 +234,7 @@ def no_wandb_account(monkeypatch, tmp_path):
 
 
 def test_wandb_auto_is_online_only_with_a_key(no_wandb_account, monkeypatch, tmp_path):
-    wandb.teardown()  # it reads its settings once in a process
+    wandb.teardown()  # because wandb reads its settings only once per process
     assert resolve_mode(WandbMode.auto) is WandbMode.offline
     for host in ("api.wandb.ai", urlsplit(wandb.Settings().base_url).netloc):
         (tmp_path / "netrc").write_text(f"machine {host} login user password abc\n")
@@ -251,7 +251,7 @@ def test_the_server_of_wandb_login_is_the_one_whose_key_counts(no_wandb_account,
     (tmp_path / "home").mkdir()
     settings = "[default]\nbase_url = https://wandb.lab.example:8443\n"
     (tmp_path / "home" / "settings").write_text(settings)
-    wandb.teardown()  # it reads the file once in a process
+    wandb.teardown()  # because wandb reads the file only once per process
     (tmp_path / "netrc").write_text("machine wandb.lab.example:8443 login user password abc\n")
     assert server_address() == "https://wandb.lab.example:8443"
     assert resolve_mode(WandbMode.auto) is WandbMode.online
@@ -283,7 +283,7 @@ def test_wandb_offline_writes_a_run_and_resume_keeps_its_id(no_wandb_account, tm
 
 
 class Tracker(RecordingSink):
-    """A sink whose tracker has a run with an id, which begins at start."""
+    """A sink whose tracker gets a run with an id when it is started."""
 
     name = "tracker"
 
@@ -391,7 +391,7 @@ def test_a_wandb_server_that_falls_silent_does_not_hold_the_end_of_a_run(
         "in range(1, 101):\n    "
         "sinks.log({'train/step': "
         "step})\nsinks.close(0)\nprint('closed', "
-        # wandb's own goodbye to the silent server takes it another 10 s
+        # at its exit wandb would wait another 10 s for the silent server
         "flush=True)\nos._exit(0)\n"
     )
     with ThreadingHTTPServer(("127.0.0.1", 0), FallsSilent) as server:
@@ -423,7 +423,7 @@ def test_a_wandb_server_that_falls_silent_does_not_hold_the_end_of_a_run(
 
 
 class Answer(BaseHTTPRequestHandler):
-    """A server other than W&B, which gives every request the same answer."""
+    """A server that is not W&B and gives every request the same answer."""
 
     status = 500
     body = b"out of order"
@@ -719,7 +719,7 @@ def test_phase_clock_adds_up_a_phase_also_when_it_raises_and_forgets_when_taken(
 
 
 def text_of(page: Path) -> str:
-    """The page without its pictures, whose letters have no meaning."""
+    """The text of a page without its embedded pictures, whose encoding may contain any word."""
     return re.sub(r"base64,[^\"]*", "base64,", page.read_text(encoding="utf-8"))
 
 
@@ -760,7 +760,7 @@ def synthetic_run(run_dir: Path, steps: int = 2) -> None:
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a synthetic run."""
+    """The report of a synthetic run."""
     folder = tmp_path_factory.mktemp("reported")
     synthetic_run(folder)
     page = write_report(folder)
@@ -834,7 +834,7 @@ def test_a_run_can_be_reported_while_its_first_step_is_under_way(tmp_path, row):
 
 
 def test_a_run_without_rewards_has_no_accuracy_and_says_so(tmp_path):
-    """The remaining responses, which have no reward."""
+    """Its responses have no reward."""
     write_rows(
         tmp_path,
         [
@@ -849,7 +849,7 @@ def test_a_run_without_rewards_has_no_accuracy_and_says_so(tmp_path):
     page = text_of(write_report(tmp_path))
     assert (
         "accuracy on held-out problems was not measured" in page
-        and "not scored" not in page  # nothing is, so that no verdict stands under any response
+        and "not scored" not in page  # no response is scored, so none has a verdict
         and "Held-out accuracy" not in page
     )
     out = io.StringIO()

@@ -1,4 +1,4 @@
-"""A sink in a user's file receives what the run's own sinks receive, and cannot harm them."""
+"""A sink in a user's file receives the same data as the run's own sinks, and cannot harm them."""
 
 import csv
 import logging

@@ -1,4 +1,4 @@
-"""What a run in Weights & Biases has, read back from the file that wandb writes offline."""
+"""The contents of a run in Weights & Biases, read from the file that wandb writes offline."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of the test, with one commit of one file."""
+    """A git repository with one commit of one file, as the working directory of the test."""
     folder = tmp_path / "mine"
     folder.mkdir()
     git(folder, "init", "--quiet")
@@ -100,7 +100,7 @@ def test_the_machine_is_watched_where_the_settings_say_so_and_not_described(
 ) -> None:
     monkeypatch.setenv("WANDB__STATS_SAMPLING_INTERVAL", "0.1")  # by default 15 s
     sink = started(tmp_path, TrackingConfig(system_metrics=True))
-    # As many rows as it takes: wandb writes whole blocks of 32 KiB, or what there is after 15 s.
+    # Log rows until it is written: wandb writes full blocks of 32 KiB, or everything after 15 s.
     row = {"train/step": 1.0, **{f"metric/{i}": 0.0 for i in range(1000)}}
     wait_for(tmp_path, "stats", meanwhile=lambda: sink.log(row))
     sink.close(0)

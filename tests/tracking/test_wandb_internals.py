@@ -1,7 +1,7 @@
-"""What wandb_internals.py uses of wandb is as it was read.
+"""The internals of wandb that wandb_internals.py uses are unchanged.
 
-Where a test of a version fails after an upgrade, read hybridrl/tracking/wandb_internals.py against
-the new version, then change the version there. test_wandb_overview.py executes what is used of
+If a test of a version fails after an upgrade, compare hybridrl/tracking/wandb_internals.py with the
+new version, then change the version there. test_wandb_overview.py executes the used parts of
 wandb-workspaces.
 """
 
@@ -29,7 +29,7 @@ def test_wandb_workspaces_is_the_version_that_was_read():
 
 
 def test_wandb_takes_every_setting():
-    """Its settings refuse a name that they do not know, by an error that has it."""
+    """wandb's settings refuse an unknown name with an error that contains the name."""
     settings = quiet_settings(init_s=30, finish_s=2)
     assert settings.x_disable_stats and settings.x_disable_meta and settings.x_disable_machine_info
     assert not settings.x_save_requirements

@@ -1,5 +1,5 @@
-"""The view that a project in Weights & Biases gets: made by the real library, and saved at a local
-stand-in of the server.
+"""The view that a run adds to a project in Weights & Biases: made by the real library, and saved at
+a local stand-in for the server.
 """
 
 import json
@@ -27,7 +27,9 @@ VIEW = ("me/hybridrl", "nw-hybridrl-v")
 
 @pytest.fixture(scope="module")
 def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalWandb]:
-    """A running stand-in, and an account there. wandb reads the environment once in a process."""
+    """A running stand-in with an account, shared because wandb reads the environment only once in a
+    process.
+    """
     home = tmp_path_factory.mktemp("home")
     wandb.teardown()
     with pytest.MonkeyPatch.context() as patch, running(LocalWandb()) as server:
@@ -43,7 +45,7 @@ def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalWandb]:
 
 @pytest.fixture
 def server(account: LocalWandb) -> LocalWandb:
-    """The stand-in, without a view."""
+    """The stand-in without any view."""
     account.views = {}
     account.asked_for_views = 0
     account.refusal = ""
@@ -51,14 +53,14 @@ def server(account: LocalWandb) -> LocalWandb:
 
 
 def plots(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The configuration of each diagram of a view, by its title."""
+    """The configuration of each diagram of a view, by the diagram's title."""
     sections = spec["section"]["panelBankConfig"]["sections"]
     found = [panel["config"] for section in sections for panel in section["panels"]]
     return {config["chartTitle"]: config for config in found}
 
 
 def tracked(run_dir: Path, tracking: TrackingConfig) -> None:
-    """A run of one step."""
+    """Track a run of one step."""
     sink = WandbSink(tracking)
     info = RunInfo(run_dir=str(run_dir), name="a", total_steps=1, first_step=0, config=SETTINGS)
     sink.start(info)
@@ -104,7 +106,7 @@ def test_a_run_online_saves_the_overview_once_in_its_project(
     reward = plots(spec)["Training reward"]
     assert (reward["xAxis"], reward["metrics"]) == ("train/step", ["reward/mean"])
     assert plots(spec)["Gradient by its parts"]["yLogScale"]
-    server.views[VIEW]["spec"] = '{"version": 7}'  # a user changed it, with a newer app
+    server.views[VIEW]["spec"] = '{"version": 7}'  # as if a user had changed it with a newer app
     tracked(tmp_path / "b", tracking)
     assert server.asked_for_views == 2
     assert server.views == {VIEW: {"displayName": "hybridrl overview", "spec": '{"version": 7}'}}

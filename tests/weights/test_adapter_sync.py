@@ -1,5 +1,5 @@
-"""Adapters that go to the engine by themselves (lora.sync=adapter); the real vLLM engine takes some
-in test_vllm_transfer.py.
+"""Adapters that are sent to the engine without the base weights (lora.sync=adapter).
+test_vllm_transfer.py sends some to the real vLLM engine.
 """
 
 import math

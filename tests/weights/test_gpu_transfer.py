@@ -1,5 +1,6 @@
-"""Weights between GPUs, on CPUs: vLLM's own trainer and worker engines of the backends nccl and
-ipc, with the substitutes of tests/support/gpu_substitutes.py for NCCL and for handles of memory.
+"""The transfer of weights between GPUs, executed on CPUs: vLLM's own trainer and worker engines of
+the backends nccl and ipc, with the substitutes of tests/support/gpu_substitutes.py for NCCL and for
+handles of memory.
 """
 
 import inspect
@@ -58,9 +59,10 @@ class Engines(RolloutGroup):
 def test_two_engines_of_two_devices_take_a_sharded_learners_weights_while_they_sample(
     tmp_path: Path,
 ):
-    """A learner with ZeRO-3 on two ranks, from other weights than the engines begin with. The
-    engines run their core in a process of its own. When the learner has learned, they take the next
-    version through a new channel: as after a loss, which tests/runtime/test_weight_sync.py has.
+    """The learner has two ranks with ZeRO-3, and other weights than the engines at their start. The
+    engines run their core in its own process. When the learner's weights have changed, the engines
+    receive them through a new channel, as after the loss of an engine, which is tested in
+    tests/runtime/test_weight_sync.py.
     """
     settings = tiny_settings(
         tmp_path,
@@ -87,7 +89,7 @@ def test_two_engines_of_two_devices_take_a_sharded_learners_weights_while_they_s
         sync = WeightSync(learner, engines, nccl)
         assert sync.publish(1) == stream_of(Path(settings.model.path)).nbytes
         serve_the_learners_weights(engines, learner, prompts)
-        # More than an engine samples at once: 512 responses, 64 at a time.
+        # 512 responses for each engine, which samples 64 at a time.
         chunks = engines.generate(prompts, wave="a", group_size=128, temperature=1.0, seed=1)
         sync.publish(2)
         spans = set()
@@ -111,8 +113,8 @@ def test_two_engines_of_two_devices_take_a_sharded_learners_weights_while_they_s
 
 
 def gaps(engines: RolloutGroup, learner: LearnerGroup, prompts: Sequence[Prompt]) -> list[float]:
-    """The mean of |log p - log mu| in nats of what each of the two engines samples, by the
-    learner's weights.
+    """The mean of |log p - log mu| in nats of the tokens that each of the two engines samples; log
+    p is computed by the learner.
     """
     probes = engines.probe(prompts, num_tokens=16, temperature=1.0)
     assert set(probes) == {"rollout/0", "rollout/1"}
@@ -126,7 +128,7 @@ def serve_the_learners_weights(
 
 
 def with_tests(slots: Sequence[Slot]) -> list[Slot]:
-    """Workers that can import the tests."""
+    """The slots with an environment in which workers can import the tests."""
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     return [replace(slot, env={**slot.env, "PYTHONPATH": path}) for slot in slots]
 
@@ -135,7 +137,7 @@ def with_tests(slots: Sequence[Slot]) -> list[Slot]:
 
 
 class Receiver(nn.Module):
-    """A model of vLLM that keeps what it loads."""
+    """A stand-in for vLLM's model that keeps the weights it loads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +151,9 @@ class Receiver(nn.Module):
 
 
 class LocalEngine:
-    """vLLM's worker side of ipc, with the calls that the learner makes to an engine."""
+    """An engine in this process: vLLM's worker side of ipc, with the methods that a learner
+    calls.
+    """
 
     def __init__(self, model: Receiver) -> None:
         config = SimpleNamespace(parallel_config=None, model_config=SimpleNamespace(dtype=None))
@@ -174,7 +178,7 @@ class LocalEngine:
 def test_ipc_hands_over_all_weights_in_one_buffer_and_holds_no_second_copy_of_the_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """With a buffer of the largest tensor, the embedding, in place of 1 GiB."""
+    """The buffer has the size of the largest tensor, the embedding, instead of 1 GiB."""
     monkeypatch.setattr(vllm_transfer, "DEFAULT_PACKED_BUFFER_SIZE_BYTES", 1)
     stream = stream_of(save_tiny(tmp_path, 0))
     engine = LocalEngine(Receiver())
@@ -250,7 +254,8 @@ def test_an_engine_of_several_devices_hands_the_buffer_to_them_as_a_file():
 
 @pytest.mark.parametrize(
     ("real", "substitute"),
-    # Taken as the tests are collected: an engine in this process replaces functions of torch.cuda.
+    # Read when tests are collected, since an engine in this process replaces functions of
+    # torch.cuda.
     [
         pytest.param(getattr(module, name), substitute, id=f"{module.__name__}.{name}")
         for module, name, substitute in gpu_substitutes.SUBSTITUTES
@@ -264,6 +269,6 @@ def test_a_substitute_has_the_signature_of_what_it_stands_for(real: Any, substit
 
 
 def parameters(function: Any) -> list[tuple[str, Any]]:
-    """Names and defaults, of a class those of its constructor."""
+    """The names and defaults of the parameters of a function, or of a class's constructor."""
     found = inspect.signature(function).parameters.values()
     return [(parameter.name, parameter.default) for parameter in found]

@@ -1,4 +1,4 @@
-"""An exported folder means to every reader what the trained model is."""
+"""An exported folder is read as the trained model by every library that reads it."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def save(config: PreTrainedConfig, folder: Path) -> Path:
 
 
 def exported(source: Path) -> Path:
-    """An export of the model as it was loaded; its logits are the same."""
+    """Export a model right after loading it, and check that its logits are the same."""
     model = load_model(str(source))
     folder = source.parent / "export"
     export(dict(model.named_parameters()), source, folder)
@@ -114,7 +114,7 @@ def test_chat_templates_with_names_are_exported(tmp_path: Path):
     tokenizer.chat_template = templates
     tokenizer.save_pretrained(source)
     assert load_tokenizer(str(exported(source))).chat_template == templates
-    # The template of the run is read for every conversation.
+    # A template of the run replaces all of them.
     own = tmp_path / "own.jinja"
     own.write_text("{{ messages }}!")
     export(dict(load_model(str(source)).named_parameters()), source, tmp_path / "own", own)

@@ -1,8 +1,8 @@
-"""Each reach into a library, on the library's own classes. ZeRO-3's attributes exist in a process
-group only, so tests/policy/test_learner.py covers them.
+"""Each use of a library's internals, tested on the library's own classes. ZeRO-3's attributes exist
+only in a process group, so tests/policy/test_learner.py covers them.
 
-Where the first test fails after an upgrade, read hybridrl/weights/library_internals.py against the
-new version, then change SEEN.
+If the first test fails after an upgrade, compare hybridrl/weights/library_internals.py with the new
+version, then change SEEN.
 """
 
 import inspect
@@ -44,8 +44,8 @@ def test_the_installed_libraries_are_those_that_the_reaches_were_written_for():
 
 
 def test_a_rank_of_zero_1_or_2_holds_the_stretch_that_deepspeed_gave_it():
-    """Ten numbers, the first four of `a` and the others of `b`, on two ranks; this is the second,
-    which holds the last five, elements 1 ... 5 of `b`.
+    """Two ranks share ten numbers, of which the first four belong to `a` and the others to `b`.
+    This is the second rank, which holds the last five: elements 1 to 5 of `b`.
     """
     a, b = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2, 3))
     share = torch.arange(5, 10).float()
@@ -80,8 +80,8 @@ def test_a_parameter_that_is_not_sharded_has_its_own_shape():
 
 
 def test_adam_corrects_its_bias_as_after_so_many_steps():
-    """With moments 0.1 and 0.01 after the gradient 1, decay rates of 0.9 and 0.99 and 7 more steps
-    in its count, the step is lr * 0.1 / (1 - 0.9**8) / sqrt(0.01 / (1 - 0.99**8)).
+    """With moments 0.1 and 0.01 after the gradient 1, decay rates 0.9 and 0.99, and a step count
+    that was raised by 7, the step is lr * 0.1 / (1 - 0.9**8) / sqrt(0.01 / (1 - 0.99**8)).
     """
     weight = nn.Parameter(torch.zeros(1))
     adam = torch.optim.AdamW([weight], lr=1.0, betas=(0.9, 0.99), weight_decay=0, fused=True)
@@ -95,8 +95,8 @@ def test_adam_corrects_its_bias_as_after_so_many_steps():
 
 
 def test_adam_steps_with_the_settings_that_it_is_given():
-    """With moments 0.5 * 0 + 0.5 * 2 = 1 and 0.75 * 0 + 0.25 * 4 = 1 after the first gradient, 2,
-    both corrected to 2 and 4, the step from 1 is -lr * (2 / 2 + 0.5 * 1).
+    """After the first gradient, 2, the moments are 0.5 * 0 + 0.5 * 2 = 1 and 0.75 * 0 + 0.25 * 4 =
+    1, with bias correction 2 and 4; so the step from 1 is -lr * (2 / 2 + 0.5 * 1).
     """
     weight = nn.Parameter(torch.ones(1))
     adam = torch.optim.AdamW([weight], lr=0.1, betas=(0.9, 0.99), weight_decay=0, fused=True)
@@ -112,7 +112,7 @@ def test_adam_steps_with_the_settings_that_it_is_given():
 
 @pytest.mark.parametrize("kind", [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3])
 def test_an_optimizer_of_deepspeed_clips_by_its_attribute(kind: type):
-    """That a gradient is clipped by what was set is tested on a learner."""
+    """That the value is used to clip gradients is tested on a learner."""
     assert "/ self.clip_grad" in inspect.getsource(kind), (
         f"{kind.__name__} does not clip by `clip_grad` any more"
     )
@@ -125,7 +125,7 @@ def test_vllm_lists_its_transfer_backends():
 
 @pytest.mark.parametrize("kind", [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3])
 def test_an_optimizer_of_deepspeed_keeps_whether_it_left_a_step_out(kind: type):
-    """What a step that is left out does is tested on a learner."""
+    """The effect of a step that is left out is tested on a learner."""
     assert "self.overflow = False" in inspect.getsource(kind.__init__), (
         f"{kind.__name__} does not keep `overflow` any more"
     )

@@ -1,4 +1,6 @@
-"""Adapters as a class of student weights: what trains, and what leaves the learner."""
+"""Adapters as a class of student weights: the trained parameters, and the weights that are sent,
+exported and saved.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from hybridrl.weights.stream import unpack
 from tests.support.graph import save_tiny, tiny_settings
 from tests.weights.test_parameters import Engine, names, save_fragments, stream_of, update
 
-LORA = LoraConfig(rank=2, alpha=6.0)  # s = 3
+LORA = LoraConfig(rank=2, alpha=6.0)  # scale s = alpha / rank = 3
 IDS = torch.tensor([[1, 7, 20, 11, 5]])
 V_PROJ = "model.layers.0.self_attn.v_proj"
 KIND = partial(LowRankAdapters, lora=LORA, seed=0)
@@ -43,7 +45,7 @@ def test_the_product_of_the_adapters_is_added_to_the_matrix_and_rounded_once():
     assert merged(weight, down, up, scale=0.5).tolist() == [[2.0, 1.0], [3.25, 3.75]]
     third = torch.tensor([[1.0]], dtype=torch.bfloat16)
     small = torch.tensor([[2.0**-9]], dtype=torch.bfloat16)
-    # 1 + 3 / 512 lies between 1 and the next bfloat16, 1 + 4 / 512, and is nearer to that one.
+    # 1 + 3 / 512 lies between the bfloat16 numbers 1 and 1 + 4 / 512, and is nearer to the latter.
     assert merged(third, small, third, scale=3.0).item() == 1 + 2.0**-7
     assert merged(third, small, third, scale=3.0).dtype == torch.bfloat16
 

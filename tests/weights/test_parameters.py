@@ -1,5 +1,5 @@
-"""The four answers of a class of student weights, and what the stream, an engine and an export make
-of them.
+"""The four methods of a class of student weights, and how the stream, an engine and an export use
+them.
 """
 
 from collections.abc import Iterable
@@ -39,7 +39,7 @@ def stream_of(weights: StudentWeights) -> WeightStream:
 
 
 def save_fragments(folder: Path, weights: StudentWeights) -> Path:
-    """The checkpoint of a learner with one rank, without Adam's moments."""
+    """Write the checkpoint of a learner with one rank, without Adam's moments."""
     folder.mkdir()
     fragments = [
         Fragment(
@@ -55,8 +55,8 @@ def save_fragments(folder: Path, weights: StudentWeights) -> Path:
 
 
 class ShiftedNorm(FullFineTuning):
-    """Only a vector trains, which is added to the weight of the final norm; engines and exports
-    have the sum under the norm's own name.
+    """Trains only a vector that is added to the weight of the final norm. Engines and exports get
+    the sum under the norm's own name.
     """
 
     def __init__(self, model: PreTrainedModel, value_head: nn.Parameter | None = None) -> None:
@@ -142,7 +142,7 @@ def test_only_what_the_weights_train_receives_a_gradient(tmp_path: Path):
 
 
 class Engine(LlamaForCausalLM):
-    """The model inside an engine; like vLLM's on CPU it has an output head of its own."""
+    """The model inside an engine. Like vLLM's model on CPUs, it has its own output head."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         own = dict(self.named_parameters())
@@ -155,7 +155,7 @@ class Engine(LlamaForCausalLM):
 
 
 class Forgetful(FullFineTuning):
-    """Full fine-tuning that does not publish the tensor of one name."""
+    """Full fine-tuning that does not publish one of its tensors."""
 
     forgotten: str
 
@@ -164,7 +164,7 @@ class Forgetful(FullFineTuning):
 
 
 def update(engine: Engine, weights: StudentWeights) -> None:
-    """One update of an engine, by the worker's side of the real transfer backend."""
+    """Update an engine once by the worker side of the real transfer backend."""
     from hybridrl.weights.vllm_transfer import ObjectStoreTransferEngine
 
     config = SimpleNamespace(parallel_config=None, model_config=None)
@@ -207,7 +207,7 @@ def test_a_tensor_that_is_computed_from_two_parameters_is_published_and_exported
     source = save_tiny(tmp_path / "model", 0)
     weights = ShiftedNorm(load_model(str(source)))
     with torch.no_grad():
-        weights.norm.fill_(2.0)  # the source's own are all 1
+        weights.norm.fill_(2.0)  # the weights in the source are all 1
         weights.shift.fill_(0.25)
     published = dict(unpack(*stream_of(weights).pack(0)))
     assert torch.equal(published[NORM], torch.full((128,), 2.25)) and SHIFT not in published

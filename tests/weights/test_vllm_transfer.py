@@ -80,7 +80,7 @@ def test_parameters_are_gathered_one_layer_at_a_time(tmp_path):
 
 
 def test_vllm_reads_the_same_names_and_shapes_before_and_while_it_receives(tmp_path):
-    """The nccl receiver sizes its buffers from the metadata alone."""
+    """The nccl receiver computes the sizes of its buffers from the metadata alone."""
     from hybridrl.weights.vllm_transfer import StreamSource
 
     source = StreamSource(stream_of(save_tiny(tmp_path, 0)))
@@ -114,10 +114,11 @@ def test_engines_get_nccl_ranks_one_after_another_behind_the_sender():
 
 
 def largest_gaps(folder: Path) -> tuple[float, float]:
-    """In a process of its own, because vLLM's CPU worker patches torch: the largest difference in
-    nats between the engine's log-probs and a plain forward pass of the weights it was sent, and of
-    the weights it started with. They have an output head of their own; those of the graphs, whose
-    probes compare engines with the learner, are tied.
+    """The largest difference in nats between the engine's log-probs and a plain forward pass with
+    the weights it was sent, and with the weights it started with.
+
+    This runs in its own process, because vLLM's CPU worker patches torch. The output head is not
+    tied; the graphs of other tests, whose probes compare engine and learner, have tied heads.
     """
     os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from hybridrl.rollout.engine import Rollout
@@ -156,7 +157,7 @@ def gap(batch: RolloutBatch, folder: Path) -> float:
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[ProcessPoolExecutor]:
-    """A process that has imported vLLM once, for an engine after the other."""
+    """A process that has imported vLLM, in which engines are started one after the other."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool
 
@@ -176,7 +177,7 @@ LORA = {"rank": 3, "alpha": 9.0}
 
 
 def adapted(base: Path, seed: int, sync: str) -> WeightStream:
-    """A student whose adapters have moved away from zero, by random numbers of this seed."""
+    """The weight stream of a student whose adapters were moved away from zero by random numbers."""
     lora = LoraConfig(**LORA, sync=AdapterSync(sync))
     weights = LowRankAdapters(load_model(str(base)), lora=lora, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -187,7 +188,7 @@ def adapted(base: Path, seed: int, sync: str) -> WeightStream:
 
 
 def save_merged(base: Path, seed: int, folder: Path) -> Path:
-    """The model that a merged sync of that student would make engines serve."""
+    """Save the model that engines would serve after a merged sync of that student."""
     model = load_model(str(base))
     state = {name: tensor.clone() for name, tensor in adapted(base, seed, "merged")}
     model.load_state_dict(state, strict=False)
@@ -206,7 +207,9 @@ class Gaps(NamedTuple):
 
 
 def gaps(folder: Path) -> Gaps:
-    """In a process of its own, because vLLM's CPU worker patches torch."""
+    """Measure the gaps of an engine. This must run in its own process, because vLLM's CPU worker
+    patches torch.
+    """
     os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from hybridrl.rollout.engine import Rollout
 
