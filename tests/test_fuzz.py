@@ -121,7 +121,7 @@ def test_any_override_works_or_is_one_sentence(overrides: list[str]):
 
 
 def is_refusal(cause: BaseException | None) -> bool:
-    """Whether an error was raised on purpose, by a check of ours or by a library for settings."""
+    """Whether an error was raised on purpose, by one of our checks or by a library for settings."""
     if cause is None or isinstance(cause, (ConfigError, HydraException, OmegaConfBaseException)):
         return True
     *_, innermost = traceback.extract_tb(cause.__traceback__)

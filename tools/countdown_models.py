@@ -24,7 +24,7 @@ from hybridrl.data.countdown_puzzles import Countdown, Equation
 from hybridrl.models.tiny import tiny_model, tiny_tokenizer
 
 NUM_HELDOUT = 512  # excluded from training; the default of data.num_heldout
-NUM_HELDOUT_TWO = 64  # of the about 150 problems of two numbers
+NUM_HELDOUT_TWO = 64  # out of about 150 problems with two numbers
 OPERATOR = re.compile(r"([-+*])")
 IGNORED = -100  # the label that cross_entropy ignores
 

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP and Ctrl-C end a run: at once while it starts up, later where nothing is lost."""
+"""SIGTERM, SIGHUP and Ctrl-C end a run: at once during its start, else when nothing is lost."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A chat template that does not end is interrupted, or refused where it cannot be interrupted."""
+"""A chat template that does not end is interrupted, or refused if it cannot be interrupted."""
 
 import signal
 import time

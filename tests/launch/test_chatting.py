@@ -24,9 +24,7 @@ CTRL_C = "ctrl-c"
 
 
 class Parrot:
-    """A model that answers with given pieces of text; CTRL_C in them stands for a press of
-    Ctrl-C.
-    """
+    """A model that answers with given pieces of text; at a piece CTRL_C, Ctrl-C is pressed."""
 
     def __init__(self, *answers: Sequence[str]) -> None:
         self.answers = list(answers)

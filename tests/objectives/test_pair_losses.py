@@ -303,7 +303,7 @@ def test_an_average_sees_a_repeated_response_as_the_same(name: str) -> None:
     assert (once.chosen_score.item(), once.rejected_score.item()) == pytest.approx((-0.75, -0.8))
     assert twice.d_chosen.item() == pytest.approx(
         once.d_chosen.item() / 2
-    )  # of a sum over twice the tokens
+    )  # per token, as the responses have twice as many tokens
 
 
 @pytest.mark.parametrize("name", ["slic", "simpo", "bradley_terry"])

@@ -307,7 +307,7 @@ def test_logit_gradients_over_k_tokens_have_their_closed_forms():
         if correction is Correction.tail_bucket:
             assert (
                 value < dense(logp, logq, Measure(divergence=divergence))[0]
-            ).all()  # of a coarser distribution
+            ).all()  # the distributions with a tail bucket are coarser
 
 
 # -- variable length and another sampler -----------------------------------------------------------

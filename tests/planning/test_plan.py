@@ -223,7 +223,7 @@ def test_diagnostics_compare_student_and_teacher_beside_sharded_weights_too():
     plan = planned("qwen7b_from_32b_8gpu", overrides=["diagnostics.every=10"])
     parts = {p.part: p.nbytes for p in plan.of_worker("learner") if p.phase == "diagnose"}
     assert parts["head pass"] == 8 * 1024 * 152064 * 4 + 16384 * 5120 * 2
-    assert parts["gradients"] == 4 * P7 // 4  # of the batch before, divided among four ranks
+    assert parts["gradients"] == 4 * P7 // 4  # of the last batch, divided among four ranks
     assert not [p for p in planned("qwen7b_from_32b_8gpu").parts if p.phase == "diagnose"]
 
 

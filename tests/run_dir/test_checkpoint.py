@@ -676,7 +676,7 @@ def test_a_pickle_in_place_of_a_shard_is_refused_and_never_run(tmp_path: Path, d
     entry = {shard.name: {"sha256": sha256(shard), "bytes": shard.stat().st_size}}
     edit_manifest(
         folder, lambda manifest: manifest["files"].update(entry)
-    )  # by someone who can write the manifest too
+    )  # as an attacker would who can also write the manifest
     assert read_checkpoint(folder).state.step == 1
     with pytest.raises(
         CheckpointError, match=r"rank00000-of-00001\.safetensors: is no safetensors file"

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> dict:
         "initial": [judge.judge(str(resolve(pair.student)))],
         "teacher": [judge.judge(str(resolve(pair.teacher)))],
     }
-    versions: dict[str, str] = {}  # of the interpreter with trl
+    versions: dict[str, str] = {}  # of packages in TRL's interpreter
     for seed in options.seeds:  # all rows of a seed train on the same problems
         for row in rows:
             with tempfile.TemporaryDirectory(prefix="peers-") as folder:

@@ -45,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """On which machine, at which commit and in what time rows were made."""
+    """The machine, the commit and the duration of the call that made some rows."""
 
     machine: str
     commit: str

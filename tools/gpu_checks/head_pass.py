@@ -37,7 +37,7 @@ FORMS = (
     "whole vocabulary",
     *(f"support, {correction}" for correction in Correction),
 )
-BETA = 0.3  # of the JSD
+BETA = 0.3  # beta of the JSD
 TEMPERATURE = 0.9
 
 

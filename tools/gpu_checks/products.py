@@ -46,7 +46,7 @@ def products_on(device: str, rows: int, width: int, vocabulary: int) -> Iterator
     assert logits.dtype is torch.float32, logits.dtype
     exact = hidden.double() @ lm_head.double().T
     yield product_check(LOGITS, logits, exact, terms=width)
-    total = torch.full((vocabulary, width), torch.nan, device=device)  # as torch.empty may
+    total = torch.full((vocabulary, width), torch.nan, device=device)  # as torch.empty may be
     summed = torch.zeros(vocabulary, width, dtype=torch.float64, device=device)
     for i, name in enumerate(GRADIENTS):
         d_logits = normal(rows, vocabulary)

@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> int:
     """Run tests, record the executed lines in the report, and print the report's problems.
 
     Args:
-        arguments: `--anew`, which ignores what earlier runs executed, and arguments of pytest; no
-            others: TESTS.
+        arguments: arguments of pytest, by default TESTS, and `--anew`, which ignores the lines that
+            earlier runs executed.
 
     Returns:
         The exit status: 0 if all tests passed and each line that no test executes has a reason.
