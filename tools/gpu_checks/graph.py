@@ -33,8 +33,8 @@ IN_TURNS = (
     "rollout.gpu_memory_utilization=0.7",
     "checkpoint.every=2",
 )
-"""Settings with which they share one GPU in turns: the engine sleeps while the learner works. A
-memory share of 0.7 would be refused without turns.
+"""Settings with which learner, engine and teacher share one GPU in turns: the engine sleeps while
+the learner works. A memory share of 0.7 would be refused without turns.
 """
 ON_SEVERAL = (
     "rollout.weight_transfer=nccl",
