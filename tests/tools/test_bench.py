@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from benchmarks import start
+from benchmarks import start, watched
 from benchmarks.__main__ import main
 from benchmarks.stage import settings_of
 
@@ -199,3 +200,15 @@ def test_the_checkpoint_bench_saves_twelve_bytes_a_parameter_both_ways(tmp_path,
     one, eight = results["estimates"]
     assert one["bytes"] == eight["bytes"] == 12 * 7_615_616_512
     assert one["hold_s"] == pytest.approx(8 * eight["hold_s"])
+
+
+def test_a_command_that_takes_too_long_ends_with_its_children_though_they_ignore_sigterm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A shell that ignores SIGTERM, as its child then does too."""
+    monkeypatch.setattr(watched, "END_S", 0.1)
+    script = f"trap '' TERM; sleep 600 & echo $! > {tmp_path}/child; wait"
+    with pytest.raises(RuntimeError, match="still running after 1 s"):
+        watched.run(["sh", "-c", script], limit_s=1)
+    child = int((tmp_path / "child").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"

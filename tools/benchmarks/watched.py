@@ -9,12 +9,17 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 
 EVERY_S = 0.5
+END_S = 5.0
+"""Between the two signals that end a process which takes too long."""
+KILLED_S = 30.0
+"""The longest wait for a process that got SIGKILL."""
 
 
 @dataclass(slots=True)
@@ -75,7 +80,7 @@ def run(
         try:
             seen.output, _ = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired as error:
-            process.terminate()
+            end(process.pid)
             raise RuntimeError(f"{shlex.join(full)}: still running after {limit_s:g} s") from error
         finally:
             done.set()
@@ -86,6 +91,19 @@ def run(
         )
     seen.wall_s = time.perf_counter() - started
     return seen
+
+
+def end(pid: int) -> None:
+    """End a process and its descendants: SIGTERM, and SIGKILL after END_S."""
+    processes = family(pid)
+    for process in processes:
+        with suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=END_S)
+    for process in alive:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=KILLED_S)
 
 
 def busy_s() -> float:
