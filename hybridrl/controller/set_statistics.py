@@ -28,7 +28,7 @@ class SetStatistics:
     # of the average, computed over problems, since the k responses to one are not independent
     standard_error: float
     pass_at: dict[int, float]  # pass@k for each k of pass_sizes; empty: nothing judges them
-    failed: float  # share of responses whose reward call failed; they count in no other value
+    failed: float  # share of responses whose reward call failed; only the accuracies omit them
     length: float  # mean number of tokens of a response
     truncated: float  # share of responses that were cut at rollout.max_new_tokens
 

@@ -104,7 +104,7 @@ class ConsoleSink:
         else:
             self.notice(f"{info.name}: {info.total_steps} steps, in {info.run_dir}")
         if self._every_s > 0 and not self._stream.isatty() and not again:
-            self.notice(f"one step in {self._every_s:g} s is printed; {LOG} there has each")
+            self.notice(f"one step every {self._every_s:g} s is printed; {LOG} has every step")
         if self._stream.isatty() and self._live is None:
             self._open_display()
 

@@ -7,11 +7,11 @@ from hybridrl.tracking.metric import Metric, section
 SECTIONS = (
     section(
         "Training",
-        "A step is a batch. Where it has several updates (train.updates_per_batch, "
-        "train.epochs_per_batch), the learner's metrics are over all of them: means and shares are "
+        "A step is a batch. If it has several updates (train.updates_per_batch, "
+        "train.epochs_per_batch), the learner's metrics cover all of them: means and shares are "
         "over the tokens of all updates, so that a token of two epochs counts twice, and maxima "
         "are the largest; train/loss and train/grad_norm are means over the updates, and the other "
-        "norms of gradients are root mean squares. An update that was left out counts nowhere.",
+        "norms of gradients are root mean squares. An update that was left out is not counted.",
         (
             "train/step",
             "",
@@ -183,13 +183,13 @@ SECTIONS = (
     ),
     section(
         "Entropy",
-        "How undecided the student is about the next token.",
+        "The student's uncertainty about the next token.",
         (
             "entropy/token",
             "nats",
             "mean of H(p) over response tokens",
-            "falls slowly; near 0 the student always writes the same; a rise without end is a "
-            "collapse",
+            "falls slowly; near 0 the student always writes the same response; a rise without end "
+            "is a collapse",
         ),
         (
             "entropy/token_q<quarter>",
@@ -201,7 +201,8 @@ SECTIONS = (
     section(
         "Advantages",
         "A = -(G minus its baseline) is the factor of grad log p(y), measured over response "
-        "tokens. For pairs, A is minus the derivative of the loss by the token's log-prob.",
+        "tokens. For pairs, A is minus the derivative of the loss with respect to the token's "
+        "log-prob.",
         ("advantage/mean", "", "mean of A", "near 0 with a baseline from the same group"),
         (
             "advantage/std",
@@ -262,7 +263,7 @@ SECTIONS = (
     ),
     section(
         "Data sources",
-        "Of each of data.sources, by its name; absent where there is a single source.",
+        "For each of data.sources, by its name; absent with a single source.",
         (
             "data/<name>/share",
             "share",

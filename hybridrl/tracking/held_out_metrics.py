@@ -54,8 +54,9 @@ HELD_OUT = (
     ),
     section(
         "Held-out sets",
-        "Of each eval.sets.NAME, measured with the held-out problems. Those of responses need a "
-        "reward function, those of the data algorithm.data_fraction > 0 and rows with responses.",
+        "For each eval.sets.NAME, measured with the held-out problems. Metrics of responses need "
+        "a reward function; metrics of the data need algorithm.data_fraction > 0 and rows with "
+        "responses.",
         (
             "eval/<set>/accuracy",
             "share",

@@ -83,7 +83,7 @@ def samples_files(run_dir: Path, pattern: re.Pattern[str] = SAMPLES_FILE) -> lis
 
 def _row(value: Any) -> dict[str, float]:
     if not isinstance(value, dict) or "train/step" not in value:
-        raise ValueError("no object with train/step")
+        raise ValueError("not an object with train/step")
     row: dict[str, float] = {"train/step": whole_number(value["train/step"], "train/step")}
     for key, number in value.items():
         if key != "train/step":
@@ -108,17 +108,17 @@ def _number(value: Any, key: str) -> float:
 
 def _sample(value: Any) -> Sample:
     if not isinstance(value, dict):
-        raise ValueError("no object with finish_reason")
+        raise ValueError("not an object")
     for key in ("uid", "prompt", "response", "finish_reason"):
         if not isinstance(value.get(key), str):
-            raise ValueError(f"no object with {key}, a text")
+            raise ValueError(f"{key} is missing or not text")
     question = value.get("question", "")
     answer = value.get("answer")
     if not isinstance(question, str) or not isinstance(answer, str | None):
-        raise ValueError("question or answer is no text")
+        raise ValueError("question or answer is not text")
     parts = value.get("parts", {})
     if not isinstance(parts, dict):
-        raise ValueError("parts is no object")
+        raise ValueError("parts is not an object")
     return Sample(
         step=whole_number(value.get("step"), "step"),
         uid=value["uid"],
@@ -134,16 +134,16 @@ def _sample(value: Any) -> Sample:
 
 def _token_sample(value: Any) -> TokenSample:
     if not isinstance(value, dict):
-        raise ValueError("no object with tokens")
+        raise ValueError("not an object")
     for key in ("uid", "prompt", "teacher"):
         if not isinstance(value.get(key), str):
-            raise ValueError(f"no object with {key}, a text")
+            raise ValueError(f"{key} is missing or not text")
     tokens = value.get("tokens")
     ratios = value.get("log_ratios")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ValueError("tokens is no list of texts")
+        raise ValueError("tokens is not a list of texts")
     if not isinstance(ratios, list) or len(ratios) != len(tokens):
-        raise ValueError("log_ratios is no list with a number for each token")
+        raise ValueError("log_ratios is not a list with a number for each token")
     return TokenSample(
         step=whole_number(value.get("step"), "step"),
         uid=value["uid"],

@@ -13,7 +13,7 @@ OF_WORKERS = (
         "What the engines of vLLM report of the responses of a step, or of their scores: "
         "<workers> are those with this name in logs/, rollout for the student's, teacher for those "
         "that sample from a teacher, scorer-NAME for those that score. The largest values are of "
-        "one engine after one of its steps. What evaluations do is not counted.",
+        "one engine after one of its steps. Evaluations are not counted.",
         (
             "engine/<workers>/kv_use",
             "share",
@@ -58,8 +58,8 @@ OF_WORKERS = (
             "time/<phase>_s",
             "s",
             "wall time that the controller waited in a phase; scoring overlaps with rollout, and "
-            "sync includes probe; turn, a part of the others, is that in which engines and learner "
-            "made room for each other (cluster.take_turns)",
+            "sync includes probe; turn, a part of the others, is the time in which engines and "
+            "learner freed memory for each other (cluster.take_turns)",
             "the largest is the bottleneck",
         ),
         (
@@ -101,7 +101,7 @@ OF_WORKERS = (
             "tokens of a worker over the seconds in which it was busy, by its own clock; mean over "
             "the workers with this name in logs/: response tokens, of a scorer all tokens of the "
             "sequences",
-            "the least is what others wait for; in the time of a step, it counts no waiting",
+            "the slowest kind of worker limits the step; waiting is not included",
         ),
         (
             "perf/<workers>/tokens_per_s_min",
@@ -113,9 +113,9 @@ OF_WORKERS = (
             "memory/<workers>/<phase>_bytes",
             "bytes",
             "largest memory of one of these workers in a phase: on a GPU that of torch's "
-            "allocator, elsewhere resident memory, which counts shared pages too. That of a sync "
-            "is of the one before the step. Not measured are reward workers, whose functions have "
-            "processes of their own, and engines over several GPUs",
+            "allocator, elsewhere resident memory, which counts shared pages too. The "
+            "value for sync is of the sync before the step. Not measured: reward workers, whose "
+            "functions run in separate processes, and engines over several GPUs",
             "below what the device has; see hybridrl plan",
         ),
         (

@@ -58,13 +58,13 @@ SYMPTOMS = (
     Symptom(
         shows=_most_empty,
         what="most responses were empty",
-        remedy="see in the report how a prompt ends, and set data.chat_template or "
+        remedy="check in the report how a prompt ends, and set data.chat_template or "
         "data.instruction",
     ),
     Symptom(
         shows=_rewards_equal,
         what="all rewards were equal",
-        remedy="see in the report what reward.functions makes of the responses, or choose "
+        remedy="check in the report how reward.functions score the responses, or choose "
         "problems of which the model solves some",
     ),
     Symptom(

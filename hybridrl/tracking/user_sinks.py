@@ -74,7 +74,7 @@ def load_sink_class(name: str, entry: SinkConfig) -> Callable[..., Sink]:
     setting = f"tracking.sinks.{name}.sink"
     field = f"{setting}={entry.sink}"
     if not is_own(entry.sink):
-        check_word(setting, entry.sink, SINKS, "or write path/to/file.py:Class of yours")
+        check_word(setting, entry.sink, SINKS, "or write path/to/file.py:Class for your own")
         for package in SINKS[entry.sink].packages:
             if find_spec(package) is None:
                 raise ConfigError(

@@ -51,8 +51,8 @@ def info(folder: Path, first_step: int = 0) -> RunInfo:
     ("changes", "expected"),
     [
         ([CUT], "most responses were cut at rollout.max_new_tokens (raise it and rollout.max_mod"),
-        ([EMPTY], "most responses were empty (see in the report how a prompt ends, and set"),
-        ([EQUAL], "all rewards were equal (see in the report what reward.functions makes of the"),
+        ([EMPTY], "most responses were empty (check in the report how a prompt ends, and set"),
+        ([EQUAL], "all rewards were equal (check in the report how reward.functions score the"),
         ([STILL], "the gradient was 0 (raise algorithm.imitation_weight, algorithm.reward_wei"),
         (
             [PREEMPTED],

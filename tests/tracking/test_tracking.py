@@ -184,7 +184,7 @@ def test_the_values_of_a_samples_reward_functions_read_back_and_may_be_missing(t
     [[read]] = read_samples(tmp_path)
     assert read.parts["countdown"] == 1.0 and math.isnan(read.parts["brief"])
     path.write_text(path.read_text().replace('{"countdown": 1.0, "brief": null}', "3"))
-    with pytest.raises(DataError, match="parts is no object"):
+    with pytest.raises(DataError, match="parts is not an object"):
         read_samples(tmp_path)
 
 

@@ -185,7 +185,7 @@ def test_a_sink_may_keep_an_id_in_the_checkpoint_and_one_that_cannot_does_not_en
         ("{file}:Missing", {}, "has no Missing; name a class that the file defines"),
         ("{file}:function", {}, "must be a class; name a class that the file defines"),
         ("{file}:TakesNothing", {}, "write def rollouts(self, rows)"),
-        ("tracker.Tracker", {}, "or write path/to/file.py:Class of yours"),
+        ("tracker.Tracker", {}, "or write path/to/file.py:Class for your own"),
         ("/nowhere/tracker.py:Tracker", {}, "there is no file /nowhere/tracker.py;"),
         ("{file}:NeedsUrl", {"uri": "a"}, "options.uri: .*NeedsUrl takes no such argument; remove"),
         ("{file}:NeedsUrl", {}, r"give each argument of \(url, \*, port=80\) that has no default"),
