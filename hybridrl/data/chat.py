@@ -292,7 +292,7 @@ class ChatTemplate:
         if repeated is not None:
             raise DataError(
                 f"{row}: {self.name} opens the assistant's turn with {opening!r}, and the "
-                f"response holds {repeated} once more; take it out of the response, or change "
+                f"response holds {repeated} once more; remove it from the response, or change "
                 "data.chat_template_kwargs"
             )
         return rest

@@ -91,7 +91,7 @@ def conversation(problem: Problem, config: DataConfig) -> Conversation:
         if any(message["role"] in ("system", "developer") for message in messages):
             raise ConfigError(
                 f"data.system_prompt={config.system_prompt!r}: {row} has a system message of its "
-                "own; set data.system_prompt=null, or take the message out of the rows"
+                "own; set data.system_prompt=null, or remove the message from the rows"
             )
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     return Conversation(messages=messages, tools=problem.tools, templated=templated, row=row)
@@ -130,7 +130,7 @@ def _instructed(messages: Sequence[Message], instruction: str, row: str) -> list
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not users:
         raise ConfigError(
-            f"data.instruction={instruction!r}: {row} has no message of a user to put it around; "
+            f"data.instruction={instruction!r}: {row} has no user message to put it around; "
             "set it to '{prompt}'"
         )
     content = messages[users[-1]]["content"]

@@ -177,7 +177,10 @@ def prompts_owed(uids: Sequence[str], prompts: Sequence[Prompt]) -> list[Prompt]
     by_uid = {p.uid: p for p in prompts} if uids else {}
     owed = [uid.rpartition("@") for uid in uids]
     if unknown := next((uid for uid, _, _ in owed if uid not in by_uid), None):
-        raise DataError(f"the checkpoint owes prompt {unknown}, which the data no longer has")
+        raise DataError(
+            f"prompt {unknown}, which was drawn but not trained on before the checkpoint, is no "
+            "longer in the data"
+        )
     return [_of_epoch(by_uid[uid], int(epoch)) for uid, _, epoch in owed]
 
 

@@ -45,7 +45,7 @@ def response_ids(
             raise DataError(
                 f"{row}: the response {text[:80]!r} holds the end token "
                 f"{tokenizer.decode([end])!r} before its end, where generation would have "
-                "stopped; take it out of the text, for one is added at the end"
+                "stopped; remove it from the text, since one is added at the end"
             )
     return response
 

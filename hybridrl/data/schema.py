@@ -62,7 +62,7 @@ def _split(values: dict[str, Any], name: str) -> tuple[Text, tuple[Response, ...
     """The prompt and its responses."""
     if "chosen" in values or "rejected" in values:
         if not ("chosen" in values and "rejected" in values):
-            raise DataError(f"{name}: `chosen` and `rejected` need each other")
+            raise DataError(f"{name}: `chosen` and `rejected` must be given together")
         prompt, chosen = _answer(values, "chosen", name)
         other_prompt, rejected = _answer(values, "rejected", name)
         if prompt != other_prompt:

@@ -39,7 +39,7 @@ def bounded(
     """
     sources = template.values() if isinstance(template, Mapping) else [template or ""]
     if any(_has_power(source) for source in sources):
-        raise BoundlessTemplate("it raises a number to a power, which could take for ever")
+        raise BoundlessTemplate("it raises a number to a power, which could take forever")
     if threading.current_thread() is not threading.main_thread():
         yield
         return

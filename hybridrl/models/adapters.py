@@ -74,7 +74,7 @@ def target_names(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     unknown = [name for name in lora.targets if name not in linear]
     if unknown:
         raise ConfigError(
-            f"lora.targets={lora.targets}: {unknown[0]!r} is no linear layer in the decoder of "
+            f"lora.targets={lora.targets}: {unknown[0]!r} is not a linear layer in the decoder of "
             f"{kind}; it has {', '.join(sorted(linear)[:SHOWN])}"
         )
     return sorted(lora.targets or linear)

@@ -27,6 +27,6 @@ def end_token_id(eos: str, tokenizer: PreTrainedTokenizerBase, setting: str) -> 
     names = [repr(token) for token in special.values()]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     raise ConfigError(
-        f"{setting}={eos}: is none of the tokenizer's special tokens, which no text contains; give "
-        f"the text or the id of one: {', '.join(names[:SHOWN])}{more}"
+        f"{setting}={eos}: is not one of the tokenizer's special tokens, which no text contains; "
+        f"give the text or the id of one: {', '.join(names[:SHOWN])}{more}"
     )

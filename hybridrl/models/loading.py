@@ -101,8 +101,8 @@ def _find(path: str, revision: str | None, setting: str, files: Sequence[str]) -
     except (OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{setting}={path}: there is no such folder, and the hub gives no model of that name "
-            f"({reason}); correct it, or set HF_TOKEN for a private or gated model"
+            f"{setting}={path}: there is no such folder, and the hub returned no model of that "
+            f"name ({reason}); correct it, or set HF_TOKEN for a private or gated model"
         ) from error
 
 
@@ -201,15 +201,15 @@ def _load(path: str, revision: str | None, setting: str, **options: object) -> P
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise ConfigError(
-            f"{where}: {name} has shape {list(stored)} in its files, but its config.json "
-            f"describes {list(expected)} ({len(mismatched)} such weights); get the model anew, or "
-            "correct its config.json"
+            f"{where}: {name} has shape {list(stored)} in its files, but its config.json describes "
+            f"{list(expected)} ({len(mismatched)} such weights); copy or download the model again, "
+            "or correct its config.json"
         )
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
-            f"{where}: its files lack {_listed(missing)}, which would be random numbers; get the "
-            "model anew or, where the weight is meant to be shared with another, correct its "
-            "config.json (tie_word_embeddings)"
+            f"{where}: its files lack {_listed(missing)}, which would be filled with random "
+            "numbers; copy or download the model again, or, where the weight is meant to be shared "
+            "with another, correct its config.json (tie_word_embeddings)"
         )
     if unused := sorted(report["unexpected_keys"]):
         logger.warning(

@@ -57,7 +57,7 @@ def _cached(path: str, revision: str | None, kind: str) -> Reach:
     try:
         snapshot_download(path, revision=revision, repo_type=kind, local_files_only=True)
     except HFValidationError as error:
-        return Reach(reached=False, text=f"is no name on the hub: {error}")
+        return Reach(reached=False, text=f"is not a valid name on the hub: {error}")
     except LocalEntryNotFoundError:
         return Reach(
             reached=False, text="is not in the cache here, and HF_HUB_OFFLINE is set; unset it"
@@ -72,17 +72,20 @@ def _on_hub(path: str, revision: str | None, api: HfApi, kind: str) -> Reach:
         api.auth_check(path, repo_type=kind)
     except GatedRepoError:
         text = (
-            f"is gated on the hub, and {token} it is closed; accept its terms there and set "
+            f"is gated on the hub and not accessible {token}; accept its terms there and set "
             "HF_TOKEN"
         )
         return Reach(reached=False, text=text)
     except RevisionNotFoundError:
         return Reach(reached=False, text=f"has no revision {revision} on the hub; correct it")
     except RepositoryNotFoundError:
-        text = f"is not on the hub, or private and {token} closed; correct the name or set HF_TOKEN"
+        text = (
+            f"is not on the hub, or is private and not accessible {token}; correct the name or set "
+            "HF_TOKEN"
+        )
         return Reach(reached=False, text=text)
     except HFValidationError as error:
-        return Reach(reached=False, text=f"is no name on the hub: {error}")
+        return Reach(reached=False, text=f"is not a valid name on the hub: {error}")
     except Exception as error:  # the client raises errors of its transport, which have many types
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         cached = _cached(path, revision, kind)

@@ -81,7 +81,8 @@ def tensor_files(folder: Path, where: str) -> dict[str, Path]:
         raise ConfigError(f"{where}: {_no_weights(folder)}")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ConfigError(
-            f"{where}: {INDEX} names {missing[0]}, which is missing; get the model anew"
+            f"{where}: {INDEX} names {missing[0]}, which is missing; copy or download the model "
+            "again"
         )
     if names and WEIGHTS not in names and (folder / WEIGHTS).is_file():
         raise ConfigError(
@@ -114,11 +115,13 @@ def index_of(folder: Path, where: str) -> dict[str, str]:
         escaped = [name for name in files.values() if Path(name).name != name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
-            f"{where}: {INDEX} is damaged: {error or type(error).__name__}; get the model anew"
+            f"{where}: {INDEX} is damaged: {error or type(error).__name__}; copy or download the "
+            "model again"
         ) from error
     if escaped:
         raise ConfigError(
-            f"{where}: {INDEX} names {escaped[0]}, a file outside of the folder; get the model anew"
+            f"{where}: {INDEX} names {escaped[0]}, a file outside of the folder; copy or download "
+            "the model again"
         )
     return files
 
@@ -133,7 +136,7 @@ def open_weights(file: Path, where: str) -> safe_open:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ConfigError(
-            f"{where}: {file.name} is damaged or cut off: {error}; get the model anew"
+            f"{where}: {file.name} is damaged or cut off: {error}; copy or download the model again"
         ) from error
 
 

@@ -68,6 +68,6 @@ def _made(setting: str, name: str, base: type, method: str) -> Any:
         return loaded()
     except Exception as error:
         raise ConfigError(
-            f"{field}: making an object of it raised {described(error)}; it is made without "
-            "arguments"
+            f"{field}: creating an instance raised {described(error)}; correct the class, which "
+            "must be instantiable without arguments"
         ) from error

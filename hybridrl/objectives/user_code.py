@@ -26,7 +26,7 @@ LENGTHS = (1, 3, 2, 2)
 
 
 def check_user_code(settings: RunSettings) -> None:
-    """Load what the settings name in a user's files, and try it.
+    """Load and try a user's advantage estimator, token weight or pair loss.
 
     Raises:
         ConfigError: a file cannot be loaded; other settings do not give what the class in it needs;
@@ -92,8 +92,8 @@ def check_token_weight(settings: RunSettings) -> None:
     check_numbers(setting, "the weights", weight, shape)
     if not bool((weight[counts.mask] >= 0).all()):
         raise ConfigError(
-            f"{setting}: returned a negative weight, by which the loss of a token would be raised; "
-            "return weights of 0 or more"
+            f"{setting}: returned a negative weight, with which training would increase the loss "
+            "of a token; return weights of 0 or more"
         )
 
 

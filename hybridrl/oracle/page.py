@@ -19,7 +19,7 @@ finite differences in float64. Its exit status is 1 if a row differs from its de
 
 ```bash
 hybridrl check                # the table below
-hybridrl check --seed 1       # other models; biases differ from the declared size but are bounded
+hybridrl check --seed 1       # other models; biases differ from the declared sizes but are bounded
 hybridrl check --json         # a list of row objects
 hybridrl check algorithm.advantage=mine.py:Mine    # your own estimator, token weight or pair loss
 ```

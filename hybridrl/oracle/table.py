@@ -32,8 +32,8 @@ def main(arguments: Sequence[str]) -> int:
         "--seed",
         type=int,
         default=defaults.seed,
-        help="of the tiny models; with another seed biases differ from the declared size but are "
-        "bounded",
+        help="seed of the tiny models; with another seed, biases differ from the declared sizes "
+        "but are bounded",
     )
     parser.add_argument(
         "--vocab",
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         help="tokens of the model without an end token, at least 4",
     )
     parser.add_argument(
-        "--horizon", type=int, default=defaults.horizon, help="its steps, at least 2"
+        "--horizon", type=int, default=defaults.horizon, help="steps of that model, at least 2"
     )
     parser.add_argument(
         "--json", action="store_true", help="a list of row objects instead of a table"

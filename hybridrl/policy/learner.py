@@ -138,8 +138,8 @@ class Learner:
         self.objective = make_objective(settings)
         if self.objective.needs.learner_values and self.engine.module.value_head is None:
             raise ConfigError(
-                "algorithm: needs a value head, which the running learner lacks; start a run of "
-                "its own"
+                "algorithm: needs a value head, which the running learner lacks; start a separate "
+                "run"
             )
         self.settings = settings
         self.engine.module.head.rule = head_rule(settings)

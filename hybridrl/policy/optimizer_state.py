@@ -94,7 +94,7 @@ class OptimizerState:
             CheckpointError: the file cannot be written, or no save was begun.
         """
         if self.saving is None:
-            raise CheckpointError("no save was begun on this rank since it started")
+            raise CheckpointError("no save has begun on this rank since it started")
         return self.saving.result() if self.saving.done() else None
 
     def load(self, folder: Path, steps: int, model: str) -> None:
@@ -195,8 +195,8 @@ def check_model(parameters: Parameters, reader: FragmentReader, folder: Path, mo
     ]
     if differing:
         raise CheckpointError(
-            f"{folder}: lacks {', '.join(differing[:3])} in the model's shape, so it is not of "
-            f"model.path={model}"
+            f"{folder}: the saved state has no {', '.join(differing[:3])} of the model's shapes, "
+            f"so it is not a state of model.path={model} with these settings"
         )
 
 
@@ -210,8 +210,8 @@ def check_finite(fragments: Sequence[Fragment]) -> None:
         for part, tensor in fragment.tensors.items():
             if not bool(tensor.isfinite().all()):
                 raise NonFiniteError(
-                    f"{part} of {fragment.name} is not finite; it is not saved, the last "
-                    "checkpoint is untouched"
+                    f"{part} of {fragment.name} is not finite, so it is not saved; the last "
+                    "checkpoint is unchanged"
                 )
 
 

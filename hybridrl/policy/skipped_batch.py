@@ -47,9 +47,9 @@ def refuse_batch(
     )
     if stepped:
         raise NonFiniteError(
-            f"{sentence}; the weights were stepped, the last checkpoint is untouched"
+            f"{sentence}; the weights were already updated; the last checkpoint is unchanged"
         )
-    raise SkippedStep(f"{sentence}; nothing was stepped")
+    raise SkippedStep(f"{sentence}; no weight was updated")
 
 
 def save_batch(micros: Sequence[MicroBatch], path: Path) -> None:

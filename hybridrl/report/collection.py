@@ -127,7 +127,10 @@ def picture(path: Path, folder: Path) -> str:
     """
     inside = path.resolve().is_relative_to(folder.resolve())
     if not inside or path.suffix != ".png" or not path.is_file():
-        raise DataError(f"{path}: the page beside it shows this picture, which is no PNG file here")
+        raise DataError(
+            f"{path}: the page beside it shows this picture, which is not a PNG file in {folder}; "
+            "add the file, or remove the picture from the page"
+        )
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 

@@ -338,8 +338,8 @@ PANELS = (
     ),
     Panel(
         title="Pairs ranked right",
-        caption="Share of pairs whose chosen response scores above the rejected one; a coin "
-        "reaches 50 %.",
+        caption="Share of pairs whose chosen response scores above the rejected one; "
+        "chance is 50 %.",
         needs=("pair/accuracy", "eval/pair_accuracy"),
         draw=_pair_accuracy,
     ),
@@ -403,8 +403,8 @@ PANELS = (
     ),
     Panel(
         title="Entropy",
-        caption="How undecided the student is at each token, in nats; near 0 it always writes the "
-        "same.",
+        caption="The student's uncertainty at each token, in nats; near 0 it always writes the "
+        "same response.",
         needs=("entropy/token",),
         draw=_single("entropy/token", PURPLE, "entropy"),
     ),

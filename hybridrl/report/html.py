@@ -135,7 +135,7 @@ def render(
         f'<p class="warning">Warning: {escape(warning)}.</p>' if warning else "",
         f'<p class="summary">{escape(" ".join(sentences))}</p>',
         f'<dl class="figures">{"".join(_key_figure(*figure) for figure in figures)}</dl>',
-        '<h2>How it went</h2><div class="curves">',
+        '<h2>Training curves</h2><div class="curves">',
         *(_figure(chart) for chart in curves),
         "</div>",
     ]
@@ -196,11 +196,11 @@ def render_comparison(
     """
     band = (
         '<p class="kind">Runs that differ in their seed alone are one curve: their mean, with a '
-        "band from the lowest to the highest, as far as all of them have got.</p>"
+        "band from the lowest to the highest, up to the last step that all of them reached.</p>"
         if seeds > 1
         else ""
     )
-    parts = ["<h2>How they went</h2>", band, _switch(views)]
+    parts = ["<h2>Training curves</h2>", band, _switch(views)]
     for view in views:
         figures = "".join(_figure(chart) for chart in view.charts)
         parts.append(f'<div class="curves by-{view.name}">{figures}</div>')
@@ -214,7 +214,7 @@ def render_comparison(
         ]
     parts += [
         "<h2>Settings that differ</h2>",
-        _table(["", *names], settings) if settings else "<p>None but run.dir.</p>",
+        _table(["", *names], settings) if settings else "<p>None except run.dir.</p>",
     ]
     return document(" / ".join(names), "Comparison of hybridrl training runs", parts)
 
@@ -312,7 +312,7 @@ def _samples(first: Sequence[Sample], last: Sequence[Sample], weights: Mapping[s
         body += f"<tr><td>{_problem(sample)}</td>{''.join(cells)}</tr>\n"
     order = ", those that changed most first" if len(columns) == 2 else ""
     return (
-        f'<h2>What it answers</h2><p class="kind">Held-out problems{order}.</p>'
+        f'<h2>Sample answers</h2><p class="kind">Held-out problems{order}.</p>'
         '<div class="scroll"><table class="samples">'
         f"<thead><tr><th>Held-out problem</th>{heads}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"

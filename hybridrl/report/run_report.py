@@ -245,7 +245,7 @@ def _teachers(config: dict[str, Any]) -> list[str]:
         _short((t or {}).get("path"))
         or (t or {}).get("url")
         or (t or {}).get("model")
-        or "its own starting point"
+        or "the initial student"
         for t in (_get(config, "teachers") or {}).values()
     ]
 
@@ -263,8 +263,8 @@ def _outcomes(facts: Facts) -> list[str]:
     if facts.pair_accuracy is not None:
         before, after = facts.pair_accuracy
         sentences.append(
-            f"It ranked {percent(before)} of the held-out pairs right before, "
-            f"{percent(after)} after."
+            f"It ranked {percent(before)} of the held-out pairs correctly at first, "
+            f"{percent(after)} at the end."
         )
     return sentences
 
@@ -342,7 +342,7 @@ def describe_setup(config: dict[str, Any]) -> list[tuple[str, str]]:
                 (t or {}).get("path")
                 or (t or {}).get("url")
                 or (t or {}).get("model")
-                or "the untrained student"
+                or "the initial student"
                 for t in (_get(config, "teachers") or {}).values()
             ),
         ),

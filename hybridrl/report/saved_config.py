@@ -59,7 +59,7 @@ def check_shape(value: Any, shape: Any, key: str = "") -> None:
     """
     if not isinstance(shape, Mapping):
         if not isinstance(value, shape) or isinstance(value, bool):
-            raise ConfigError(f"{key} is {shortened(value)}, not of a kind that a run writes")
+            raise ConfigError(f"{key} is {shortened(value)}, which has a type that no run writes")
     elif isinstance(value, Mapping):
         for name, part in value.items():
             if not isinstance(name, str):

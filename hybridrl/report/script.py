@@ -67,7 +67,7 @@ SCRIPT = """
       }
       if (data.stacked) {
         const row = document.createElement('div');
-        row.textContent = 'together  ' + write(data.unit, total);
+        row.textContent = 'total  ' + write(data.unit, total);
         tip.append(row);
       }
       tip.hidden = false;

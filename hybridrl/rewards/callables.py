@@ -65,6 +65,6 @@ def _reward_file(name: str, function: Callable[..., Any]) -> str:
         )
     if file is None or Path(file).suffix != ".py":
         raise ConfigError(
-            f"{field}: {module} is no Python file, so workers cannot load it; {WRITE_IT}"
+            f"{field}: {module} is not a Python file, so workers cannot load it; {WRITE_IT}"
         )
     return f"{Path(file).absolute()}:{attribute}"

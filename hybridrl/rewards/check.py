@@ -55,7 +55,7 @@ def check_rewards(config: "RewardConfig") -> None:
 
 @contextmanager
 def loaded_rewards(config: "RewardConfig", load_s: float = LOAD_S) -> Iterator[RewardPool | None]:
-    """A pool of one child with every configured function loaded; None where no function is set.
+    """A pool of one child with every configured function loaded; None if there are no functions.
 
     Args:
         load_s: time limit for loading them, deadlines.start_s.
@@ -87,8 +87,8 @@ def check_columns(
     *,
     only: str | None = None,
 ) -> None:
-    """Refuse a function that needs a column that the data lacks, or that expects messages; of each
-    data source, the prompts that its route takes are examined.
+    """Refuse a function whose required column is missing in the data, or that expects messages;
+    each data source is checked with the prompts that the function's route takes.
 
     Args:
         only: the function that is checked; None: all of them.
@@ -178,7 +178,7 @@ def check_taken(key: str, route: Mapping[str, Any], prompts: Sequence["Prompt"])
         else f"no row has the column {column}"
         for column, found in values.items()
     )
-    raise ConfigError(f"{key}.route={dict(route)}: takes no row of the data; {has}; correct it")
+    raise ConfigError(f"{key}.route={dict(route)}: matches no row of the data; {has}; correct it")
 
 
 def of_sources(prompts: Sequence["Prompt"]) -> list[list["Prompt"]]:
@@ -206,7 +206,7 @@ def _check_required(field: str, required: Sequence[str], prompts: Sequence["Prom
             "in the function's options, or give the argument a default",
         )
         raise ConfigError(
-            f"{field}: its argument `{argument}` is no column of {data}, whose columns are "
+            f"{field}: its argument `{argument}` is not a column of {data}, whose columns are "
             f"{names} (as of {first.uid}, the first row); {remedy}"
         )
 

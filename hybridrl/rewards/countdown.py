@@ -68,7 +68,7 @@ class Expression:
         if len(text) > MAX_CHARS:
             raise ValueError("too long")
         if TOKEN.sub("", text).strip():
-            raise ValueError("a character that is no part of an expression")
+            raise ValueError("a character that is not part of an expression")
         self.numbers: list[int] = []
         self._tokens = TOKEN.findall(text)[::-1]  # the next token is last
         self.value = self._sum(depth=0)

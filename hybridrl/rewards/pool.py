@@ -118,8 +118,8 @@ class RewardPool:
         if name not in self._reported:
             self._reported.add(name)
             log.warning(
-                "reward.functions.%s failed in its call for %d responses: %s: %s; they are scored "
-                "one by one, and so are those of later calls that fail",
+                "reward.functions.%s failed in its call for %d responses: %s: %s; these "
+                "responses, and those of later failed calls, are scored one by one",
                 name,
                 num_sequences,
                 failure.kind,
@@ -153,7 +153,7 @@ class RewardPool:
         outcomes: dict[int, Outcome] = {}
         reason = (
             f"not run: more than {self._max_timeouts:.0%} of the batch had timed out, or "
-            f"{self._budget_s:g} s were over"
+            f"{self._budget_s:g} s had passed"
         )
         skipped = Failure(kind=FailureKind.timeout, text=reason)
         for start in range(0, len(retried), len(self._processes)):

@@ -64,13 +64,13 @@ def end_tokens(settings: RunSettings, teacher: str) -> EndTokens | None:
     own = end_token_id(eos, tokenizer, setting)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"{setting}={eos}: model.path={model.path} has no end token for which it could count; "
-            "set model.eos"
+            f"{setting}={eos}: model.path={model.path} has no end token with which it could be "
+            "exchanged; set model.eos"
         )
     if own >= (rows := head_rows(model.path, model.revision)):
         raise ConfigError(
-            f"{setting}={eos}: has id {own}, and model.path={model.path} has {rows} rows in its "
-            "output embedding, none for it; name another token"
+            f"{setting}={eos}: has id {own}, but the output embedding of model.path={model.path} "
+            f"has only {rows} rows; name another token"
         )
     if own == tokenizer.eos_token_id:
         return None

@@ -99,6 +99,6 @@ class ReportedScorer(Scorer, ABC):
         largest = max(answer.top_ids.max(initial=-1) for answer in answers)
         if largest >= len(self.head):
             raise ServerError(
-                f"{self.source}: token {largest} is among the most likely ones, and the student "
-                f"has {len(self.head)} tokens; lower algorithm.topk.k"
+                f"{self.source}: token {largest} is among the teacher's most likely tokens, but "
+                f"the student has only {len(self.head)} tokens; lower algorithm.topk.k"
             )

@@ -263,16 +263,14 @@ def read_scores(answer: Any, ids: Sequence[int], top: int, nbytes: int) -> Serve
     if entries is None:
         raise ValueError("it reports no prompt_logprobs")
     if len(entries) != len(ids):
-        raise ValueError(f"it has log-probs of {len(entries)} tokens, and {len(ids)} were sent")
+        raise ValueError(f"it has log-probs of {len(entries)} tokens, but {len(ids)} were sent")
     logprobs = np.zeros(len(ids), np.float32)
     top_ids = np.tile(np.arange(top, dtype=np.int32), (len(ids), 1))
     top_logprobs = np.zeros((len(ids), top), np.float32)
     for t in range(1, len(ids)):
         of_id = {int(token): float(part["logprob"]) for token, part in entries[t].items()}
         if min(of_id.values()) <= CLAMPED:
-            raise ValueError(
-                "it gives a token a probability of 0, whose log-prob no gradient can have"
-            )
+            raise ValueError("it gives a token a probability of 0, whose log-prob is infinite")
         logprobs[t] = of_id[ids[t]]
         if len(of_id) == top + 1:
             del of_id[ids[t]]

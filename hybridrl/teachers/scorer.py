@@ -229,7 +229,9 @@ class Scorer:
                         names = file.keys()
                         self.cached |= {name: file.get_tensor(name) for name in names}
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: is no safetensors file: {error}") from error
+                raise CheckpointError(
+                    f"{path}: is not a readable safetensors file: {error}"
+                ) from error
         return []
 
 

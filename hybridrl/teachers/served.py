@@ -103,6 +103,6 @@ async def served_model(client: ScoreClient, config: TeacherConfig) -> ServedMode
     listed = ", ".join(model.name for model in models) or "none"
     wanted = f"served.model={name}" if name else "one model"
     raise ServerError(
-        f"{client.name}: has the models {listed}, and {wanted} is expected; set served.model to "
+        f"{client.name}: has the models {listed}, but {wanted} is expected; set served.model to "
         "one of them"
     )

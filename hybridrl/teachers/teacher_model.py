@@ -110,7 +110,7 @@ def load_teacher_head(settings: RunSettings, teacher: str) -> Tensor:
 
 @torch.no_grad()
 def check_own_models(settings: RunSettings) -> None:
-    """Load the teachers that are classes of the user's, and try each on one token.
+    """Load the teachers that are classes of the user, and try each on one token.
 
     Raises:
         ConfigError: as load_teacher; or the class raises, or returns states of another shape.
@@ -147,8 +147,8 @@ def _of_users_file(settings: RunSettings, teacher: str, name: str) -> TeacherMod
         raise
     except Exception as error:
         raise ConfigError(
-            f"{field}: making an object of it raised {described(error)}; it is made without "
-            "arguments, so correct the class"
+            f"{field}: creating an instance raised {described(error)}; correct the class, which "
+            "must be instantiable without arguments"
         ) from error
     lacking = [part for part in ("head", "states") if not hasattr(model, part)]
     if lacking:

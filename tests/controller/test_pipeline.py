@@ -220,7 +220,7 @@ def test_a_resumed_source_first_returns_the_prompts_that_were_in_flight_or_came_
 
 
 def test_a_state_that_names_a_prompt_which_the_data_lacks_is_refused():
-    with pytest.raises(DataError, match="owes prompt p9"):
+    with pytest.raises(DataError, match="prompt p9, which was drawn but not trained on"):
         PromptSource(PROMPTS, 0).load_state_dict({"epoch": 0, "position": 0, "owed": ["p9@0"]})
 
 

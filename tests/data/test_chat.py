@@ -555,7 +555,7 @@ def test_the_instruction_is_put_around_the_text_of_a_user() -> None:
     messages = [user("1"), bot("", tool_calls=[CALL]), turn("tool", "2")]
     prompt = one(QWEN3, messages, **wrapped)[0]
     assert "user\nQ: 1<|" in prompt and "user\n2<|" in prompt
-    assert "no message of a user" in refusal(CHATML, [turn("system", "1")], **wrapped)
+    assert "no user message" in refusal(CHATML, [turn("system", "1")], **wrapped)
 
 
 # -- settings of the template ----------------------------------------------------------------------

@@ -264,7 +264,7 @@ def test_rows_become_a_prompt_and_its_responses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "1+1=", "chosen": "2"}, "need each other"),
+        ({"prompt": "1+1=", "chosen": "2"}, "must be given together"),
         ({"chosen": "2", "rejected": "3"}, "are whole texts without a `prompt`"),
         ({"chosen": turns("1+1=", "2"), "rejected": turns("1+2=", "3")}, "different prompts"),
         (

@@ -100,7 +100,7 @@ def test_a_teacher_without_an_end_token_needs_one_by_the_settings(folder: Path):
 
 def test_an_unknown_end_token_of_the_student_is_refused(folder: Path):
     assert refusal(folder, "model.eos='<|im_end|>'").startswith(
-        "model.eos=<|im_end|>: is none of the tokenizer's special tokens, which no text contains; "
+        "model.eos=<|im_end|>: is not one of the tokenizer's special tokens, which no text contains"
     )
 
 

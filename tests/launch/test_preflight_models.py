@@ -156,5 +156,7 @@ def test_adapters_for_layers_that_the_student_lacks_are_refused_before_a_worker_
 ):
     check_adapters(tiny_settings(tmp_path, "lora.rank=4"))
     settings = tiny_settings(tmp_path, "lora.rank=4", "lora.targets=[c_attn]")
-    with pytest.raises(ConfigError, match=r"'c_attn' is no linear layer in the decoder of Llama"):
+    with pytest.raises(
+        ConfigError, match=r"'c_attn' is not a linear layer in the decoder of Llama"
+    ):
         prepare_prompts(settings)

@@ -81,7 +81,7 @@ def test_a_set_without_usable_problems_is_refused_and_named(tmp_path: Path):
 
 def test_a_set_that_lacks_a_column_of_its_reward_function_is_refused(tmp_path: Path):
     file = write_rows(tmp_path / "rows.jsonl", {"prompt": "1 2=3:"})
-    with pytest.raises(ConfigError, match=r"`numbers` is no column .* \(as of a-000001"):
+    with pytest.raises(ConfigError, match=r"`numbers` is not a column .* \(as of a-000001"):
         preflight(settings_of(f"+eval.sets.a.path={file}"))
     own = tmp_path / "own.py"
     own.write_text("def score(completions, **columns): return [0.5] * len(completions)\n")

@@ -113,9 +113,15 @@ def test_dropout_applies_inside_of_its_block_alone_and_follows_the_seed(source: 
 @pytest.mark.parametrize(
     ("targets", "sentence"),
     [
-        (["q_proj", "qproj"], r"lora\.targets=.*: 'qproj' is no linear layer in the decoder of "),
-        (["lm_head"], r"'lm_head' is no linear layer in the decoder of LlamaForCausalLM; it has d"),
-        (["embed_tokens"], r"'embed_tokens' is no linear layer"),
+        (
+            ["q_proj", "qproj"],
+            r"lora\.targets=.*: 'qproj' is not a linear layer in the decoder of ",
+        ),
+        (
+            ["lm_head"],
+            r"'lm_head' is not a linear layer in the decoder of LlamaForCausalLM; it has d",
+        ),
+        (["embed_tokens"], r"'embed_tokens' is not a linear layer"),
     ],
 )
 def test_a_target_that_is_no_linear_layer_of_the_decoder_is_refused(

@@ -141,10 +141,10 @@ INDEX = "model.safetensors.index.json"
         (
             "model.safetensors",
             b"",
-            r"model\.safetensors is damaged or cut off: .*get the model anew",
+            r"model\.safetensors is damaged or cut off: .*copy or download the model again",
         ),
         ("model.safetensors", b"\xff" * 64, r"model\.safetensors is damaged or cut off"),
-        (INDEX, b"{", r"index\.json is damaged: .*get the model anew"),
+        (INDEX, b"{", r"index\.json is damaged: .*copy or download the model again"),
         (INDEX, b'{"weight_map": ["a"]}', r"index\.json is damaged"),
         (INDEX, b'{"weight_map": {"a": 3}}', r"index\.json is damaged"),
         (INDEX, b"[" * 100_000, r"index\.json is damaged"),

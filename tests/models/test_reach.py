@@ -65,8 +65,8 @@ def test_a_model_on_the_hub_is_reached_at_its_commit(hub: HfApi):
     ("path", "reason"),
     [
         ("org/gated", "is gated on the hub"),
-        ("org/none", "is not on the hub, or private"),
-        ("a/b/c", "is no name on the hub"),
+        ("org/none", "is not on the hub, or is private"),
+        ("a/b/c", "is not a valid name on the hub"),
     ],
 )
 def test_an_unavailable_model_is_reported_with_the_reason(hub: HfApi, path: str, reason: str):

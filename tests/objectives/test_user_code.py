@@ -201,7 +201,7 @@ FREE = f"algorithm.pair.against=null {LOSS}"
         (f"{ADVANTAGE}Stranger", "must be a class that inherits from hybridrl.objectives.advant"),
         (f"{ADVANTAGE}per_token", "must be a class that inherits from"),
         (f"{ADVANTAGE}Nothing", "the class has no method advantages; write one"),
-        (f"{ADVANTAGE}Takes", "making an object of it raised TypeError: "),
+        (f"{ADVANTAGE}Takes", "creating an instance raised TypeError: "),
         (f"{ADVANTAGE}Raises", "a trial on a small example raised AttributeError: "),
         (f"{ADVANTAGE}OnePerResponse", "must be a tensor of shape [4, 3] in a trial on a small"),
         (f"{ADVANTAGE}Infinite", "advantages must be finite, and a trial on a small example gave"),

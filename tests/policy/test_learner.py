@@ -694,7 +694,7 @@ def test_a_state_that_lacks_a_parameter_is_refused_and_one_with_further_paramete
     for name, shape in (("w", (3, 2)), ("v", (2, 3))):
         with pytest.raises(
             CheckpointError,
-            match=rf"lacks {name} in the model's shape, so it is not of model\.path=/m",
+            match=rf"has no {name} of the model's shapes, so it is not a state of model\.path=/m",
         ):
             check_model({name: nn.Parameter(torch.zeros(shape))}, reader, tmp_path, "/m")
 
@@ -776,7 +776,7 @@ def test_a_nan_reward_that_was_not_dropped_changes_no_weight_and_its_batch_is_sa
 ):
     assert result(folder, "nan")["error"].startswith("step 0: loss is nan")
     assert "a reward, or a teacher's log-probability" in result(folder, "nan")["error"]
-    assert "nothing was stepped" in result(folder, "nan")["error"]
+    assert "no weight was updated" in result(folder, "nan")["error"]
     assert result(folder, "nan")["digest"] == result(folder, "untouched")["digest"]
     saved = load_file(folder / "skipped" / "step_000000-rank0.safetensors")
     assert saved["0/sparse"].isnan().any() and saved["0/teachers/0/hidden"].shape[1] == 128
@@ -792,7 +792,7 @@ def test_a_value_that_is_not_finite_on_one_of_two_ranks_changes_no_weight_on_eit
     teacher's hidden states of both ranks are infinite.
     """
     found = result(folder, f"{case}-left-out")
-    assert "nothing was stepped" in found["error"] and found["digest"] == found["before"]
+    assert "no weight was updated" in found["error"] and found["digest"] == found["before"]
     assert ("divergence from a teacher is not finite" in found["error"]) is ("zero3" in case)
     assert "lower train.lr" not in found["error"]
     assert (folder / "skipped" / "step_000003-rank1.safetensors").is_file()
@@ -800,7 +800,7 @@ def test_a_value_that_is_not_finite_on_one_of_two_ranks_changes_no_weight_on_eit
 
 def test_weights_that_are_infinite_are_not_saved(folder: Path):
     assert result(folder, "infinite")["error"].startswith("master of ")
-    assert "is not finite; it is not saved" in result(folder, "infinite")["error"]
+    assert "is not finite, so it is not saved" in result(folder, "infinite")["error"]
 
 
 def test_the_steps_after_a_batch_that_was_left_out_are_those_of_a_learner_without_that_batch(

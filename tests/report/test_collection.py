@@ -63,7 +63,7 @@ def test_pictures_are_inside_of_the_file_and_html_in_a_page_is_text(folder: Path
 def test_a_picture_that_is_missing_or_lies_outside_is_refused(folder: Path, picture: str):
     (folder.parent / "secret.png").write_bytes(PIXEL)
     (folder / "B2" / "README.md").write_text(f"# B2\n\n![x]({picture})\n")
-    with pytest.raises(DataError, match="shows this picture, which is no PNG file here"):
+    with pytest.raises(DataError, match="shows this picture, which is not a PNG file in "):
         write_collection(folder)
 
 

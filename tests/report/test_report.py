@@ -125,7 +125,7 @@ def test_the_report_of_a_pair_loss_has_its_curves_and_what_it_ranked(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "Pairs ranked right" in page
     assert "prefer the chosen response of each pair in the data over the rejected one" in page
-    assert "ranked 50.0 % of the held-out pairs right before, 87.5 % after." in page
+    assert "ranked 50.0 % of the held-out pairs correctly at first, 87.5 % at the end." in page
 
 
 def test_several_data_sources_are_named_with_their_shares():

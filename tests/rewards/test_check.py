@@ -66,9 +66,9 @@ def test_a_column_that_the_data_lacks_is_named_with_the_columns_of_the_data(
 ) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"reward\.functions\.r\.function=.*:needs: its argument `level` is no column of the "
-        r"data, whose columns are answer, question \(as of train-000000, the first row\); name the "
-        r"data's key for it with '\+data\.columns=\{level: KEY\}'",
+        match=r"reward\.functions\.r\.function=.*:needs: its argument `level` is not a column of "
+        r"the data, whose columns are answer, question \(as of train-000000, the first row\); name "
+        r"the data's key for it with '\+data\.columns=\{level: KEY\}'",
     ):
         check(user_file, "needs", prompt("train-000000", answer="21", question="?"))
 
@@ -76,7 +76,7 @@ def test_a_column_that_the_data_lacks_is_named_with_the_columns_of_the_data(
 def test_the_held_out_data_must_have_the_column_too(user_file: Path) -> None:
     both = prompt("train-000000", answer="21", level=1)
     check(user_file, "needs", both, heldout=(both,))
-    with pytest.raises(ConfigError, match=r"`level` is no column .* \(as of heldout-000000"):
+    with pytest.raises(ConfigError, match=r"`level` is not a column .* \(as of heldout-000000"):
         check(user_file, "needs", both, heldout=(prompt("heldout-000000", answer="21"),))
 
 
@@ -137,7 +137,9 @@ def test_preflight_compares_rewards_and_data(tmp_path: Path, user_file: Path) ->
             f"reward.functions.countdown.function={user_file}:needs",
         ]
     )
-    with pytest.raises(ConfigError, match=r"`answer` is no column .*, whose columns are solution"):
+    with pytest.raises(
+        ConfigError, match=r"`answer` is not a column .*, whose columns are solution"
+    ):
         preflight(settings)
 
 
@@ -183,7 +185,7 @@ def test_a_route_that_takes_no_row_is_refused_with_the_values_that_the_data_has(
     check_taken("teachers.main", {"data_source": "b"}, [OF_A, OF_B])
     with pytest.raises(
         ConfigError,
-        match=r"^teachers\.main\.route=\{'data_source': 'c'\}: takes no row of the data; the "
+        match=r"^teachers\.main\.route=\{'data_source': 'c'\}: matches no row of the data; the "
         r"data's values of data_source are 'a', 'b'; correct it",
     ):
         check_taken("teachers.main", {"data_source": "c"}, [OF_A, OF_B])
@@ -204,9 +206,9 @@ def test_a_function_needs_columns_only_of_the_rows_that_its_route_takes(user_fil
                 continue
             with pytest.raises(
                 ConfigError,
-                match=r"its argument `level` is no column of the data source b, whose columns are "
-                r"data_source \(as of b/train-000001, the first row\); name the data's key for it "
-                r"with '\+data\.sources\.b\.columns=\{level: KEY\}'",
+                match=r"its argument `level` is not a column of the data source b, whose columns "
+                r"are data_source \(as of b/train-000001, the first row\); name the data's key for "
+                r"it with '\+data\.sources\.b\.columns=\{level: KEY\}'",
             ):
                 check_columns(pool, config, [OF_A, OF_B], [])
 
@@ -218,7 +220,7 @@ def test_routes_are_checked_before_any_worker_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no function takes b/train-000000"):
         preflight(load_config([*common, only_a]))
     nowhere = "+teachers.main.route={data_source: c}"
-    with pytest.raises(ConfigError, match=r"^teachers\.main\.route=.*: takes no row of the data"):
+    with pytest.raises(ConfigError, match=r"^teachers\.main\.route=.*: matches no row of the data"):
         preflight(load_config([*common, nowhere]))
     prompts, *_ = preflight(load_config(common))
     assert [p.uid for p in prompts[::5]] == ["a/train-000000", "b/train-000000"]

@@ -435,7 +435,7 @@ def test_a_call_that_fails_for_all_its_responses_is_reported_once_before_each_is
         pool.close()
     [line] = [record.getMessage() for record in caplog.records]
     assert line.startswith("reward.functions.raises failed in its call for 3 responses: raised: ")
-    assert line.endswith("they are scored one by one, and so are those of later calls that fail")
+    assert line.endswith("these responses, and those of later failed calls, are scored one by one")
 
 
 def test_no_task_is_started_after_the_time_budget_of_a_call(user_file: Path) -> None:
@@ -444,7 +444,9 @@ def test_no_task_is_started_after_the_time_budget_of_a_call(user_file: Path) -> 
     try:
         outcomes = pool.call("hangs", {"completions": ["b", "x", "b"]})
         texts = [o.text for o in outcomes if isinstance(o, Failure)]
-        assert texts == ["not run: more than 100% of the batch had timed out, or 0 s were over"] * 3
+        assert (
+            texts == ["not run: more than 100% of the batch had timed out, or 0 s had passed"] * 3
+        )
         assert pool.call("hangs", {"completions": ["b", "b", "b"]}) == [1.0, 1.0, 1.0], (
             "the first task of a call is always run"
         )

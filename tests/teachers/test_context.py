@@ -227,7 +227,7 @@ def test_a_token_that_text_may_contain_ends_no_response(folder: Path, eos: str):
     with pytest.raises(ConfigError) as caught:
         end_tokens(settings, "main")
     assert str(caught.value) == (
-        f"teachers.main.eos={eos}: is none of the tokenizer's special tokens, which no text "
+        f"teachers.main.eos={eos}: is not one of the tokenizer's special tokens, which no text "
         "contains; give the text or the id of one: '<pad>', '<bos>', '<eos>', '<unk>', '<end>', "
         "'<turn>'"
     )

@@ -110,7 +110,7 @@ def answer(entries: object) -> Callable[[dict], tuple[int, dict]]:
         ((200, {"choices": []}), "not enough values to unpack"),
         ((200, ["a"]), "TypeError"),
         (answer(None), "it reports no prompt_logprobs"),
-        (answer([None]), "it has log-probs of 1 tokens, and 3 were sent"),
+        (answer([None]), "it has log-probs of 1 tokens, but 3 were sent"),
         (answer(prompt_logprobs([1, 5, 3], 0)), "KeyError: 2"),
         (answer(prompt_logprobs(SEQUENCE, 3)), "it has 4 log-probs of a token, not 0 or one more"),
         (answer([None, {"5": {"logprob": "x"}}, {}]), "could not convert string to float"),

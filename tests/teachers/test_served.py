@@ -148,7 +148,7 @@ def test_a_token_that_the_student_does_not_have_is_refused(student: Path):
     answer = (200, {"choices": [{"prompt_logprobs": entries}]})
     with scoring_server([answer]) as server, pytest.raises(ServerError) as caught:
         scorer(student, server.url, *TOPK).score(make_batch([((1, 5, 6), [(7, 8, 2)])]))
-    assert f"token {rows} is among the most likely ones" in str(caught.value)
+    assert f"token {rows} is among the teacher's most likely tokens" in str(caught.value)
 
 
 # -- before a worker starts ------------------------------------------------------------------------
@@ -180,7 +180,7 @@ REFUSED = (400, {"error": {"message": "Requested prompt logprobs of 3, max allow
     [
         ({"texts": str}, (), "its tokens 0 to"),
         ({"max_model_len": 24}, (), "reads at most 24 tokens, and rollout.max_model_len="),
-        ({}, ("teachers.main.served.model=small",), "has the models big, and served.model=small"),
+        ({}, ("teachers.main.served.model=small",), "has the models big, but served.model=small"),
         ({"script": [REFUSED]}, TOPK, "start it with --max-logprobs 3 or more, or lower"),
         ({"script": [scores, (400, b"Token id 22 is out")]}, (), "could draw tokens that this"),
         (
