@@ -14,7 +14,7 @@ from hybridrl.core.errors import ConfigError
 from hybridrl.rewards.load import BUILT_IN
 
 WRITE_IT = (
-    "write it in a file of its own, for which a notebook's cell begins with "
+    "write it in a separate file, in a notebook by a cell that begins with "
     "`%%writefile my_rewards.py`, then import my_rewards"
 )
 

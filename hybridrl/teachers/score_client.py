@@ -203,7 +203,7 @@ class ScoreClient:
         if answer.status_code in TRANSIENT:
             raise TransientError(reported(answer), retry_after(answer))
         if answer.status_code != httpx.codes.OK:
-            raise ServerError(f"{self.name}: refuses {path} with {reported(answer)}")
+            raise ServerError(f"{self.name}: answers {path} with {reported(answer)}")
         try:
             return len(answer.content), json.loads(answer.content)
         except (ValueError, RecursionError) as error:

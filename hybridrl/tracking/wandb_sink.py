@@ -165,7 +165,7 @@ class WandbSink:
         except TimeoutError as error:
             remedy = f"`wandb sync {run_folder(self._run)}` sends it"
             raise TimeoutError(
-                f"the server did not take the rest of the run within {self._finish_s:g} s; {remedy}"
+                f"the rest of the run was not uploaded within {self._finish_s:g} s; {remedy}"
             ) from error
 
 

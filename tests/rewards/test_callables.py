@@ -58,7 +58,7 @@ def test_a_function_or_class_becomes_its_file_and_its_name_and_a_built_in_its_wo
 @pytest.mark.parametrize(
     ("function", "sentence"),
     [
-        (lambda m: m.nameless, r"is a lambda, which workers cannot load; write it in a file of"),
+        (lambda m: m.nameless, r"is a lambda, which workers cannot load; write it in a separate"),
         (lambda m: m.made(), r"has no made\.<locals>\.inner at its top level .* define it there"),
         (lambda m: m.Checker.method, r"has no Checker\.method at its top level"),
         (lambda m: m.checker, r"not an object of Checker; give the function or class itself"),
@@ -88,8 +88,8 @@ def test_a_function_of_a_notebook_or_a_script_is_refused_with_the_remedy() -> No
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == (
         "hybridrl.core.errors.ConfigError: rewards['mine']: score is defined in a notebook or in "
-        "the script that runs, from which workers cannot load it; write it in a file of its own, "
-        "for which a notebook's cell begins with `%%writefile my_rewards.py`, then import "
+        "the script that runs, from which workers cannot load it; write it in a separate file, "
+        "in a notebook by a cell that begins with `%%writefile my_rewards.py`, then import "
         "my_rewards"
     )
 

@@ -96,7 +96,7 @@ def test_a_request_that_is_refused_is_sent_once(status: int):
     refusal = (status, {"error": {"message": f"because\n{status}"}})
     with scoring_server([refusal]) as server, pytest.raises(ServerError) as caught:
         score(server, [SEQUENCE])
-    assert f"refuses /v1/completions with HTTP {status} (because\\n{status})" in str(caught.value)
+    assert f"answers /v1/completions with HTTP {status} (because\\n{status})" in str(caught.value)
     assert len(server.bodies) == 1 and KEY not in str(caught.value)
 
 

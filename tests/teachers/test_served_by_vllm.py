@@ -161,7 +161,7 @@ def test_a_server_with_the_students_tokens_passes_every_check(server: Server):
         (("rollout.max_model_len=64",), "reads at most 64 tokens, and rollout.max_model_len=64"),
         ((*TOPK, "algorithm.topk.k=21"), "start it with --max-logprobs 21 or more, or lower"),
         (("++teachers.main.served.model=other",), "has the models teacher, but served.model=other"),
-        (("++teachers.main.api_key=null",), "refuses /v1/models with HTTP 401 (Unauthorized)"),
+        (("++teachers.main.api_key=null",), "answers /v1/models with HTTP 401 (Unauthorized)"),
     ],
 )
 def test_a_server_that_cannot_score_for_the_run_is_refused(
