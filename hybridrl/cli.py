@@ -52,8 +52,8 @@ USAGE = """usage: hybridrl VERB ...
       say what a run needs, from its settings and the models' configs alone: who runs where,
       memory, bytes sent, disk and time; refuse what cannot fit
   hybridrl report DIR
-      write DIR/report.html and DIR/report.png; of a folder of experiments, as tools/reproduce
-      writes it, all pages as one file
+      write DIR/report.html and DIR/report.png; for a folder of experiments written by
+      tools/reproduce, write all pages as one file
   hybridrl report DIR OTHER ...
       compare runs: write DIR/comparison.html and DIR/comparison.png
   hybridrl export DIR [FOLDER] [--step N|best] [--dtype TYPE] [--adapter]
@@ -144,8 +144,8 @@ def exit_status(act: Callable[[], int]) -> int:
         if error.filename is None:
             raise
         message = (
-            f"{error.filename}: {error.strerror}; what was saved before is intact: put that "
-            "right and give the same command again"
+            f"{error.filename}: {error.strerror}; what was saved before is intact: fix this and "
+            "run the same command again"
         )
         print(f"hybridrl: {redact.text(message)}", file=sys.stderr)
         return 1
@@ -338,7 +338,7 @@ class Sweep:
         settings = to_settings(composed, self.overrides)
         if settings.run.dir in self.run_dirs:
             raise ConfigError(
-                f"run.dir={settings.run.dir}: an earlier job of the sweep has it; set "
+                f"run.dir={settings.run.dir}: an earlier job of the sweep uses this folder; set "
                 "run.dir='runs/${hydra:job.num}'"
             )
         self.run_dirs.add(settings.run.dir)
@@ -394,9 +394,11 @@ def export_verb(arguments: Sequence[str]) -> int:
         "private unless --public is given",
     )
     parser.add_argument(
-        "--public", action="store_true", help="the repository of --push is visible to everybody"
+        "--public",
+        action="store_true",
+        help="make the repository of --push public; an existing one must be public already",
     )
-    parser.add_argument("--message", metavar="TEXT", help="of the commit of --push")
+    parser.add_argument("--message", metavar="TEXT", help="commit message of --push")
     try:
         options = parser.parse_args(arguments)
     except SystemExit as end:  # argparse has printed the help or an error

@@ -129,7 +129,7 @@ def test_a_checkpoint_without_its_run_has_the_runs_template_or_is_not_exported(
     capsys.readouterr()
     assert main(["export", str(moved), str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err.startswith(
-        f"hybridrl: data.chat_template_file={own}: is not there, and "
+        f"hybridrl: data.chat_template_file={own}: does not exist, nor does "
     )
     assert not (tmp_path / "other").exists()
 
@@ -252,8 +252,8 @@ def test_two_jobs_of_a_sweep_may_not_share_a_directory(
     status, ran = hydra_job(["-m", "learner.ranks=1,2", "run.dir=x"], monkeypatch, tmp_path)
     assert (status, [s.learner.ranks for s in ran]) == (2, [1])
     assert (
-        capsys.readouterr().err == "hybridrl: run.dir=x: an earlier job of the sweep has it; set "
-        "run.dir='runs/${hydra:job.num}'\n"
+        capsys.readouterr().err == "hybridrl: run.dir=x: an earlier job of the sweep uses this "
+        "folder; set run.dir='runs/${hydra:job.num}'\n"
     )
 
 
@@ -393,8 +393,8 @@ def test_a_file_that_cannot_grow_ends_the_run_in_one_sentence_and_the_checkpoint
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 1
     assert capsys.readouterr().err == (
-        f"hybridrl: {tmp_path / name}: File too large; what was saved before is intact: put that "
-        "right and give the same command again\n"
+        f"hybridrl: {tmp_path / name}: File too large; what was saved before is intact: fix this "
+        "and run the same command again\n"
     )
     assert read_checkpoint(checkpoint).state == STATE
     assert exit_status(run) == 0, "the same command, once there is room"

@@ -40,7 +40,8 @@ def named_dashboard(name: str, address: str) -> Finding:
         host, port, secure = host_and_port(address)
     except ValueError as error:
         return fail(
-            "Ray dashboard", f"{name}={address}: no address ({error}); set it to http://HOST:PORT"
+            "Ray dashboard",
+            f"{name}={address}: is not an address ({error}); set it to http://HOST:PORT",
         )
     answer = answers_strangers(host, port, secure=secure)
     if answer is None:
@@ -118,17 +119,17 @@ def dashboard(
         return ok("Ray dashboard", f"nothing answers at {at}")
     if open_to_strangers and wide:
         return fail(
-            "Ray dashboard", f"{at} takes jobs from anybody who reaches this machine; {remedy}"
+            "Ray dashboard", f"{at} accepts jobs from anybody who reaches this machine; {remedy}"
         )
     if open_to_strangers:
-        return warn("Ray dashboard", f"{at} takes jobs from any user of this machine; {remedy}")
+        return warn("Ray dashboard", f"{at} accepts jobs from any user of this machine; {remedy}")
     if wide and not secure:
         return Finding(
             level=Level.warn,
             name="Ray dashboard",
-            text=f"{at} wants a token, which travels in the clear; use a tunnel to 127.0.0.1",
+            text=f"{at} requires a token, which is sent unencrypted; use a tunnel to 127.0.0.1",
         )
-    return ok("Ray dashboard", f"{at} wants a token")
+    return ok("Ray dashboard", f"{at} requires a token")
 
 
 def wandb_key() -> Finding:

@@ -96,8 +96,8 @@ class Chat:
         """
         if not self.has_history:
             raise ConfigError(
-                "/system: the model has no chat template, so it reads no such message; give one by "
-                "data.chat_template_file=FILE"
+                "/system: the model has no chat template, so it cannot read a system message; give "
+                "a template by data.chat_template_file=FILE"
             )
         self.data = replace(self.data, system_prompt=text or None)
 

@@ -193,9 +193,9 @@ def compiler() -> Finding:
     if torch_compiler() is None:
         return warn(
             "C++ compiler",
-            f"{path}, but torch.compile starts CXX, by default g++, as one program, and there is "
-            "none of that name: the loss over the vocabulary runs eagerly, several times slower; "
-            "set CXX to the path of a compiler",
+            f"{path}, but torch.compile starts CXX, by default g++, as one program, and no program "
+            "has that name: the loss over the vocabulary runs eagerly, several times slower; set "
+            "CXX to the path of a compiler",
         )
     return ok("C++ compiler", path)
 
@@ -253,8 +253,8 @@ def device(cuda: str, available: bool, driver: str | None, engine: str | None) -
         return Finding(
             level=Level.fail,
             name="Device",
-            text=f"{versions}: torch sees no GPU; the driver is too old for CUDA {cuda}, or hidden "
-            "from us",
+            text=f"{versions}: torch sees no GPU; the driver is too old for CUDA {cuda}, or the "
+            "GPU is hidden from this process",
         )
     if driver and not cuda:
         return warn("Device", f"{versions}: the GPU will not be used; install the gpu extra")

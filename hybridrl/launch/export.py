@@ -78,7 +78,7 @@ class Export:
         run_dir = source.absolute().parent.parent if one_checkpoint else source
         if one_checkpoint and folder is None and source.absolute().parent.name != CHECKPOINTS:
             raise ConfigError(
-                f"{source}: a checkpoint outside of its run; name the folder to write to"
+                f"{source}: is a checkpoint outside of its run; name the folder to write to"
             )
         settings = read_settings(source if (source / CONFIG).is_file() else run_dir)
         if folder is None:
@@ -150,8 +150,8 @@ def kept_template(run_dir: Path, settings: RunSettings) -> Path | None:
     found = next((file for file in files if file.is_file()), None)
     if found is None:
         raise ConfigError(
-            f"data.chat_template_file={named}: is not there, and {files[0]}, the run's copy of it, "
-            "neither; copy the template to one of these places"
+            f"data.chat_template_file={named}: does not exist, nor does {files[0]}, the run's copy "
+            "of it; copy the template to one of these places"
         )
     return found
 

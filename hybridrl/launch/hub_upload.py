@@ -175,13 +175,13 @@ class HubUpload:
             if refusal is None:
                 raise HubError(
                     f"--push {self.repo}: {action}: {self.api.endpoint} does not answer "
-                    f"({_first_line(error)}); check the network and give the same command again"
+                    f"({_first_line(error)}); check the network and run the same command again"
                 ) from error
             status = refusal.response.status_code
             remedy = {
                 401: "the token is not valid; set HF_TOKEN to another one, or call 'hf auth login'",
                 403: "the token may not write there; correct OWNER, or give it that right",
-            }.get(status, "see the message, and give the same command again")
+            }.get(status, "see the message, and run the same command again")
             raise HubError(
                 f"--push {self.repo}: {action}: {self.api.endpoint} refused with status {status} "
                 f"({_first_line(refusal)}); {remedy}"

@@ -76,8 +76,14 @@ def model_parser(verb: str, description: str) -> ArgumentParser:
         help="a run, one of its checkpoints or exports, or a value of model.path",
     )
     parser.add_argument("--step", metavar="N|best", help="which checkpoint of the run")
-    parser.add_argument("--teacher", metavar="NAME", help="the teacher of the run in its place")
-    parser.add_argument("--settings", metavar="RUN|FILE", help="of a model that is no run")
+    parser.add_argument(
+        "--teacher", metavar="NAME", help="use this teacher of the run instead of the student"
+    )
+    parser.add_argument(
+        "--settings",
+        metavar="RUN|FILE",
+        help="run or file with the settings, for a model that belongs to no run",
+    )
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="see conf/SETTINGS.md")
     return parser
 
@@ -248,7 +254,7 @@ def located(
         run_dir = path.absolute().parent.parent
         if path.absolute().parent.name != CHECKPOINTS:
             raise ConfigError(
-                f"{source}: a checkpoint outside of its run; 'hybridrl export {source} FOLDER' "
+                f"{source}: is a checkpoint outside of its run; 'hybridrl export {source} FOLDER' "
                 "writes it as a model, whose folder can be named here"
             )
         _refuse_step(source, step, "is one checkpoint; name its run instead")
@@ -261,16 +267,20 @@ def located(
         _refuse_step(source, step, "is one export; name its run")
     elif path.exists() and not (path / "config.json").is_file():
         raise ConfigError(
-            f"{source}: is no run, which has {CONFIG}, and no model, which has config.json; name a "
-            "run, one of its checkpoints or exports, or a Hugging Face folder"
+            f"{source}: is neither a run (no {CONFIG}) nor a model (no config.json); name a run, "
+            "one of its checkpoints or exports, or a Hugging Face folder"
         )
     else:
         folder = str(path) if path.exists() else source
-        _refuse_step(source, step, "is no run, whose checkpoints have steps; leave it out")
+        _refuse_step(
+            source,
+            step,
+            "is not a run, and only the checkpoints of a run have steps; leave it out",
+        )
         if teacher is not None:
             raise ConfigError(
-                f"--teacher {teacher}: {source} is no run, which has teachers; name a run, or the "
-                "teacher's folder itself"
+                f"--teacher {teacher}: {source} is not a run, and only a run has teachers; name a "
+                "run, or the teacher's folder itself"
             )
     if run_dir is not None and settings_of is not None:
         raise ConfigError(

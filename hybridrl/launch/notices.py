@@ -34,7 +34,7 @@ def start_notice(
         levels: the teachers' accuracies, where the job before has measured the same; None: it has
             not.
     """
-    start = "starting workers" if kept is None else "going on with the workers of the job before"
+    start = "starting workers" if kept is None else "reusing the workers of the previous job"
     known = checkpoint or (kept and levels)
     teachers = "" if known else ", ".join(settings.measured_teachers)
     served = "" if checkpoint else ", ".join(teachers_left_out(settings))
@@ -58,7 +58,7 @@ def ready_notices(
     if narrow_models(settings) and cluster.device == "cpu":
         yield products_notice(settings.train.products, processor())
     yield (
-        f"workers ready after {seconds:.0f} s on {cluster.device}, weights travel by "
+        f"workers ready after {seconds:.0f} s on {cluster.device}, weights are sent by "
         f"{cluster.weight_transfer}; the longest silent wait is "
         f"{settings.deadlines.longest_silence_s:g} s"
     )

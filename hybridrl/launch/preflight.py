@@ -280,8 +280,8 @@ def check_teachers(
         if difference := different_tokens(student, tokenizers[name]):
             raise ConfigError(
                 f"teachers.{name}.path={path}: its vocabulary differs from that of "
-                f"model.path={model.path}: {difference}; log-probs of the same ids would speak of "
-                "different tokens. Choose a teacher with the student's tokenizer"
+                f"model.path={model.path}: {difference}; the same ids would stand for different "
+                "tokens. Choose a teacher with the student's tokenizer"
             )
         check_begins(settings, student, name, source, tokenizers[name])
         check_ends(settings, student, name, source, tokenizers[name].eos_token_id)
@@ -290,7 +290,7 @@ def check_teachers(
         if rows < needed and name in settings.scored_teachers:
             raise ConfigError(
                 f"teachers.{name}.path={path}: its output head has {rows} rows, that of "
-                f"model.path={model.path} has {needed}, so the student could draw tokens of which "
+                f"model.path={model.path} has {needed}, so the student could draw tokens for which "
                 "the teacher has no probability. Choose a teacher with at least as many rows"
             )
     return tokenizers
@@ -403,8 +403,8 @@ def different_prompt(chat: Conversation, template: ChatTemplate, text: str, sour
         min(len(text), len(own_text)),
     )
     return (
-        f"its chat template writes {chat.row} otherwise: {own_text[at : at + 40]!r} where {source} "
-        f"has {text[at : at + 40]!r}"
+        f"its chat template formats {chat.row} differently: {own_text[at : at + 40]!r} where "
+        f"{source} has {text[at : at + 40]!r}"
     )
 
 

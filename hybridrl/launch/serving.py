@@ -55,7 +55,7 @@ def serve(command: ServeCommand, device: str) -> int:
     address = f"http://{command.host}:{command.port}/v1"
     print(f"serving {folder} on {address}, as the model {folder.name}")
     if not load_tokenizer(str(folder)).chat_template:
-        print("the model has no chat template, so it answers /v1/completions alone")
+        print("the model has no chat template, so it answers only /v1/completions")
     sys.stdout.flush()
     line = server_command(folder, command, device)
     os.execve(sys.executable, line, server_environment(device))
@@ -76,7 +76,8 @@ def check_free(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise ConfigError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror}); name another"
+            f"--host {host} --port {port}: cannot listen there ({error.strerror}); name another "
+            "host or port"
         ) from error
 
 

@@ -253,7 +253,9 @@ class Session:
             try:
                 return self.start_workers(checkpoint, kept)
             except (WorkerError, ClusterLost) as error:
-                self.console.notice(f"the workers of the job before end, others start: {error}")
+                self.console.notice(
+                    f"the workers of the previous job end and new ones start: {error}"
+                )
             self.cluster = anew()
             self.slots = place_workers(self.settings, self.cluster)
         workers = self.start_workers(checkpoint)
@@ -318,8 +320,8 @@ class Session:
                 step = self.steps_done
                 if last_error is not None and same_fault(last_error, last_step, error, step):
                     raise FleetExhausted(
-                        f"{error}; it failed in the same way at the same step after it was "
-                        "started again, so a further attempt would too"
+                        f"{error}; it failed in the same way at the same step after a restart, so "
+                        "another attempt would fail too"
                     ) from error
                 if not restarts_left:
                     raise FleetExhausted(f"{error}; cluster.max_restarts is used up") from error
@@ -388,12 +390,12 @@ class Session:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
-                f"{checkpoint.folder}: its data cursor has another form than this version of "
-                f"hybridrl writes: {error!r}"
+                f"{checkpoint.folder}: its data cursor does not have the form that this version "
+                f"of hybridrl writes: {error!r}"
             ) from error
         except LedgerError as error:
             self.console.notice(
-                f"{error}; that each prompt was trained on once can no longer be shown of this run"
+                f"{error}; it can no longer be verified that this run trained on each prompt once"
             )
 
 

@@ -86,9 +86,9 @@ def held_out_sets(settings: RunSettings) -> list[HeldOutSet]:
         if not settings.reward.functions and not with_responses(settings, prompts):
             needed = settings.algorithm.responses_per_prompt
             raise ConfigError(
-                f"eval.sets.{name}: nothing measures it, as there is no reward function and "
-                f"{problems[0].row} brings {len(problems[0].responses)} responses, the run learns "
-                f"from {needed} to each prompt; give rows that have them"
+                f"eval.sets.{name}: nothing can be measured on it, because there is no reward "
+                f"function, and the run learns from {needed} responses to each prompt but "
+                f"{problems[0].row} has {len(problems[0].responses)}; give rows that have them"
             )
         sets.append(
             HeldOutSet(

@@ -76,7 +76,10 @@ def parsed(arguments: Sequence[str]) -> Submission:
     parser.add_argument("--address", help="http://HOST:PORT of the dashboard")
     parser.add_argument("--id", help="name of the job; by default Ray chooses one")
     parser.add_argument(
-        "--folder", type=Path, default=Path(), help="is sent to every node; by default this one"
+        "--folder",
+        type=Path,
+        default=Path(),
+        help="folder to send to every node; by default the current one",
     )
     parser.add_argument(
         "--program", default=TRAIN[0], help="path of hybridrl on the nodes; by default from PATH"
@@ -85,7 +88,7 @@ def parsed(arguments: Sequence[str]) -> Submission:
         "--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the job"
     )
     parser.add_argument("--no-wait", action="store_true", help="return when it is submitted")
-    parser.add_argument("--resume", metavar="ID", help="give the settings of that job again first")
+    parser.add_argument("--resume", metavar="ID", help="start from the settings of that job")
     parser.add_argument(
         "-m", "--multirun", action="store_true", help="a sweep: one job for each combination"
     )
@@ -98,7 +101,7 @@ def parsed(arguments: Sequence[str]) -> Submission:
         overrides = [*earlier, *overrides]
     folder = options.folder.expanduser().resolve()
     if not folder.is_dir():
-        raise ConfigError(f"--folder {options.folder}: is no folder; name the checkout")
+        raise ConfigError(f"--folder {options.folder}: is not a folder; name the checkout")
     config = earlier_config if options.config is None else in_folder(options.config, folder)
     jobs = jobs_of_sweep(overrides) if options.multirun else [overrides]
     return Submission(
@@ -119,11 +122,11 @@ def in_folder(config: Path, folder: Path) -> str:
     """The path of a file of settings as the job sees it.
 
     Raises:
-        ConfigError: it is no file, or is not in the folder that is sent.
+        ConfigError: it is not a file, or is not in the folder that is sent.
     """
     path = config.expanduser().resolve()
     if not path.is_file():
-        raise ConfigError(f"--config {config}: is no file")
+        raise ConfigError(f"--config {config}: is not a file")
     if not path.is_relative_to(folder):
         raise ConfigError(
             f"--config {config}: must be in {folder}, which is sent to the nodes; move it "
@@ -158,7 +161,7 @@ def settings_of(job: Submitted) -> tuple[str | None, list[str]]:
     """
     words = shlex.split(job.command)
     if len(words) < 3 or words[1] != TRAIN[1] or Path(words[0]).name != TRAIN[0]:
-        raise ConfigError(f"--resume {job.id}: its command is no hybridrl train: {job.command}")
+        raise ConfigError(f"--resume {job.id}: its command is not hybridrl train: {job.command}")
     if words[2:3] == ["--config"]:
         return words[3], words[4:]
     return None, words[2:]

@@ -98,7 +98,7 @@ class WarmWorkers:
             if kept is not None:
                 reason = self._reason(kept, settings, inputs, measures=measures)
                 if reason is not None:
-                    say(f"the workers of the job before end, others start: {reason}")
+                    say(f"the workers of the previous job end and new ones start: {reason}")
                     self.close()
                     kept = None
             yield kept

@@ -129,7 +129,7 @@ def alone(settings: RunSettings) -> str | None:
     None: it may.
     """
     if settings.diagnostics.trace:
-        return "diagnostics.trace records all that they do"
+        return "diagnostics.trace records all work of the workers"
     if settings.cluster.take_turns:
         return "cluster.take_turns: a job begins with workers of which none has released memory"
     algorithm = settings.algorithm
@@ -141,7 +141,7 @@ def alone(settings: RunSettings) -> str | None:
     own |= {f"teachers.{name}.model": settings.teachers[name].model for name in settings.teachers}
     for setting, name in own.items():
         if name is not None and is_own(name):
-            return f"{setting}={name} is code of yours, whose state only a new process forgets"
+            return f"{setting}={name} is your own code, whose state only a new process resets"
     return None
 
 
@@ -153,7 +153,7 @@ def needs_room(device: str, *, measures: bool) -> str | None:
         measures: the run begins with measuring its teachers.
     """
     if measures and device == "cuda":
-        return "the engine that measures the teachers needs a GPU of theirs (eval.teacher)"
+        return "the engine that measures the teachers needs a GPU of these workers (eval.teacher)"
     return None
 
 

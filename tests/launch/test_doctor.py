@@ -219,12 +219,12 @@ def test_a_dashboard_with_an_https_address_is_tested_by_https(
         (
             "http://127.0.0.1:999999",
             FAIL,
-            "RAY_API_SERVER_ADDRESS=http://127.0.0.1:999999: no address (Port out of range "
+            "RAY_API_SERVER_ADDRESS=http://127.0.0.1:999999: is not an address (Port out of range "
             "0-65535)",
         ),
-        ("127.0.0.1:dashboard", FAIL, "no address"),
-        ("http://[::1", FAIL, "no address"),
-        ("http://:8265", FAIL, "no address (no host)"),
+        ("127.0.0.1:dashboard", FAIL, "is not an address"),
+        ("http://[::1", FAIL, "is not an address"),
+        ("http://:8265", FAIL, "is not an address (no host)"),
         (
             "http://127.0.0.1:1",
             WARN,

@@ -157,11 +157,11 @@ def test_the_settings_of_a_run_with_adapters_have_none_as_its_export_is_merged(r
         ("RUN", {"settings_of": "f.yaml"}, ConfigError, "has the settings of its run"),
         ("RUN", {"overrides": ["model.path=x"]}, ConfigError, "model.path: is the model that"),
         ("RUN/checkpoints/step_000010", {"step": "10"}, ConfigError, "is one checkpoint"),
-        ("EMPTY", {}, ConfigError, "is no run, which has config.yaml, and no model, which has"),
+        ("EMPTY", {}, ConfigError, r"is neither a run \(no config\.yaml\) nor a model \(no "),
         ("RUN/checkpoints", {}, ConfigError, "name a run, one of its checkpoints or exports, or"),
         ("EMPTY/x", {}, ConfigError, "there is no such folder"),
-        ("builtin:countdown-student", {"step": "1"}, ConfigError, "is no run"),
-        ("builtin:countdown-student", {"teacher": "a"}, ConfigError, "is no run, which has"),
+        ("builtin:countdown-student", {"step": "1"}, ConfigError, "is not a run, and only the"),
+        ("builtin:countdown-student", {"teacher": "a"}, ConfigError, "is not a run, and only a"),
     ],
 )
 def test_what_is_no_model_or_does_not_fit_is_refused_in_one_sentence(

@@ -71,4 +71,4 @@ def test_a_job_whose_workers_were_lost_before_it_begins_with_others(
     assert len(pids) == len(others) == 4 and not set(pids) & set(others)
     assert session.slots is not slots
     printed = capsys.readouterr().out
-    assert "the workers of the job before end, others start: rollout/0" in printed
+    assert "the workers of the previous job end and new ones start: rollout/0" in printed

@@ -9,8 +9,8 @@ from hybridrl.settings.compose import load_config
 
 BASE = ("run.dir=here", "experiment=quickstart")
 READY = (
-    "workers ready after 12 s on {device}, weights travel by object_store; the longest silent wait "
-    "is 1800 s"
+    "workers ready after 12 s on {device}, weights are sent by object_store; the longest silent "
+    "wait is 1800 s"
 )
 
 

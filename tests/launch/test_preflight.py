@@ -145,8 +145,8 @@ def test_a_teacher_that_writes_conversations_otherwise_is_refused_where_they_are
 ):
     message = refusal(tmp_path, templated(PLAIN + "="), *rows, template=PLAIN)
     assert (
-        "its chat template writes" in message
-        and "rows.jsonl:1 otherwise: '=' where model.path=" in message
+        "its chat template formats" in message
+        and "rows.jsonl:1 differently: '=' where model.path=" in message
     )
     assert len(prepare(tmp_path, templated(PLAIN + "="), template=PLAIN)) == 64, (
         "text prompts do not pass through it"
@@ -197,7 +197,7 @@ def test_arguments_reach_the_teachers_template_too(tmp_path: Path, rows: list[st
     (prompt,) = prepare(tmp_path, templated(template), *rows, template=template)
     assert prompt.text == "1 2=3:="
     message = refusal(tmp_path, templated(PLAIN + "+"), *rows, template=template)
-    assert "otherwise: '+' where" in message
+    assert "differently: '+' where" in message
 
 
 @pytest.mark.parametrize(("end", "warned"), [("<pad>", True), ("<eos>", False), ("", False)])

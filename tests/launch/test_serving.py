@@ -63,6 +63,5 @@ def test_a_folder_without_a_model_is_refused_in_one_sentence(
 ):
     assert main(["serve", str(tmp_path)]) == 2
     assert (
-        "is no run, which has config.yaml, and no model, which has config.json"
-        in capsys.readouterr().err
+        "is neither a run (no config.yaml) nor a model (no config.json)" in capsys.readouterr().err
     )

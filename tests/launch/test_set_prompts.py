@@ -116,9 +116,8 @@ def test_without_a_reward_function_the_rows_of_a_set_need_what_the_run_learns_fr
     with pytest.raises(ConfigError) as caught:
         held_out_sets(settings_of(*pairs, f"+eval.sets.a.path={alone}"))
     assert str(caught.value) == (
-        "eval.sets.a: nothing measures it, as there is no reward function and "
-        f"{alone}:1 brings 1 responses, the run learns from 2 to each prompt; give rows that have "
-        "them"
+        "eval.sets.a: nothing can be measured on it, because there is no reward function, and the "
+        f"run learns from 2 responses to each prompt but {alone}:1 has 1; give rows that have them"
     )
     row = {"prompt": "1 2=3:", "chosen": "1+2", "rejected": "1-2"}
     ranked = write_rows(tmp_path / "ranked.jsonl", row)

@@ -61,7 +61,7 @@ def test_a_file_of_settings_is_below_the_overrides_and_is_named_as_the_job_finds
 
 @pytest.mark.parametrize(
     ("place", "sentence"),
-    [("absent.yaml", "is no file"), ("mine.yaml", "must be in .*/sent, which is sent to")],
+    [("absent.yaml", "is not a file"), ("mine.yaml", "must be in .*/sent, which is sent to")],
 )
 def test_a_file_of_settings_that_the_nodes_would_not_have_is_refused(
     tmp_path: Path, place: str, sentence: str
@@ -88,7 +88,7 @@ def test_a_sweep_is_one_job_for_each_combination_with_a_folder_of_its_own() -> N
     ("arguments", "sentence"),
     [
         (["--adress", "x"], "^--adress: hybridrl submit has no such option; see --help$"),
-        (["--folder", "/nowhere/at/all"], "is no folder; name the checkout"),
+        (["--folder", "/nowhere/at/all"], "is not a folder; name the checkout"),
         (["--env", "A"], "^--env A: must be NAME=VALUE$"),
         (["-m", "train.lr=interval(0,1)"], "interval has no list of values; list them as KEY=A,B"),
         (["--env", "JUDGE_API_KEY=sk-1234567890abcdef"], "^--env JUDGE_API_KEY: looks like a sec"),
@@ -131,7 +131,7 @@ def test_the_root_of_run_dir_may_be_a_variable_that_only_the_cluster_has(
 
 
 def test_only_a_job_of_hybridrl_is_submitted_again() -> None:
-    with pytest.raises(ConfigError, match="--resume a: its command is no hybridrl train: sleep 9"):
+    with pytest.raises(ConfigError, match="--resume a: its command is not hybridrl train: sleep 9"):
         settings_of(submitted("sleep 9"))
 
 

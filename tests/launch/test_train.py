@@ -350,7 +350,7 @@ def test_after_a_job_that_fails_no_worker_is_kept(resumed):
     *_, failed = json.loads((resumed.parent / "pids.json").read_text())
     assert failed == {"ray": False, "kept": None}
     printed = (resumed.parent / "failed" / "logs" / "console.log").read_text()
-    assert "workers ready after" in printed and "others start" not in printed
+    assert "workers ready after" in printed and "new ones start" not in printed
 
 
 def test_a_run_from_python_returns_its_last_row_and_the_paths_of_what_it_left(resumed):

@@ -90,7 +90,7 @@ def test_a_job_has_the_workers_of_the_one_before_unless_their_settings_differ(
         with warm.job(changed, {}, measures=False, say=said.append) as kept:
             assert (kept is not None and kept.workers is workers) == (reason is None)
     assert len(said) == (reason is not None)
-    assert all(line.startswith("the workers of the job before end, others") for line in said)
+    assert all(line.startswith("the workers of the previous job end and new") for line in said)
     assert all(reason in line for line in said if reason)
 
 

@@ -145,7 +145,7 @@ def test_sections_that_may_differ_as_a_whole_are_read_by_no_worker_that_stays():
 def test_workers_with_code_of_the_users_or_a_trace_or_turns_serve_one_job():
     assert alone(settings_of()) is None
     assert alone(settings_of("diagnostics.trace=true")) == (
-        "diagnostics.trace records all that they do"
+        "diagnostics.trace records all work of the workers"
     )
     assert alone(settings_of("cluster.colocate=true", "cluster.take_turns=true")) == (
         "cluster.take_turns: a job begins with workers of which none has released memory"
@@ -153,13 +153,13 @@ def test_workers_with_code_of_the_users_or_a_trace_or_turns_serve_one_job():
     settings = settings_of()
     own = replace(settings, algorithm=replace(settings.algorithm, token_weight="mine.py:Mine"))
     assert alone(own) == (
-        "algorithm.token_weight=mine.py:Mine is code of yours, whose state only a new process "
-        "forgets"
+        "algorithm.token_weight=mine.py:Mine is your own code, whose state only a new process "
+        "resets"
     )
 
 
 def test_an_engine_that_measures_teachers_needs_a_gpu_that_the_workers_of_another_job_have():
     assert needs_room("cuda", measures=True) == (
-        "the engine that measures the teachers needs a GPU of theirs (eval.teacher)"
+        "the engine that measures the teachers needs a GPU of these workers (eval.teacher)"
     )
     assert needs_room("cuda", measures=False) is None and needs_room("cpu", measures=True) is None

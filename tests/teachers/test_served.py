@@ -279,7 +279,7 @@ def test_the_chat_template_in_that_folder_must_write_the_datas_conversations_as_
         check_served_teachers(settings, templated("="), [row], prompts)
         with pytest.raises(ConfigError) as caught:
             check_served_teachers(settings, templated("+"), [row], prompts)
-    assert "its chat template writes rows:1 otherwise: '='" in str(caught.value)
+    assert "its chat template formats rows:1 differently: '='" in str(caught.value)
 
 
 URL = "http://host:8000/v1"

@@ -391,7 +391,7 @@ def test_the_plan_is_compared_with_the_models_that_the_user_gives(tmp_path):
 
 
 def run_of(rows: list[dict[str, float]], status: int = 0, transfer: str = "nccl") -> graph.Run:
-    output = f"workers ready after 9 s on cuda, weights travel by {transfer}; the longest\ndone\n"
+    output = f"workers ready after 9 s on cuda, weights are sent by {transfer}; the longest\ndone\n"
     return graph.Run(name="r", status=status, output=output, rows=rows)
 
 

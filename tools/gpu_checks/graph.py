@@ -314,7 +314,7 @@ def run_checks(run: Run, steps: int, dtype: str, transfer: str) -> Iterator[Chec
         return
     yield holds(
         f"{run.name}: weights are sent by {transfer}",
-        f"weights travel by {transfer};" in run.output,
+        f"weights are sent by {transfer};" in run.output,
         "by the line that a run prints when its workers are ready",
     )
     for key, what in GAPS.items():
