@@ -137,16 +137,17 @@ def check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
     text = read_text(state_folder(path) / SETTINGS)
     if text is None:
         raise ConfigError(
-            f"{path}: exists, and no earlier command of this kind began it; give another --out"
+            f"{path}: exists, but was not begun by an earlier run of this command; choose another "
+            "--out"
         )
     try:
         earlier = json.loads(text)
         if not isinstance(earlier, dict):
-            raise ValueError("no object")
+            raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{state_folder(path) / SETTINGS}: is damaged, so that the settings of {path} are "
-            "unknown; give another --out"
+            f"{state_folder(path) / SETTINGS}: is damaged, so the settings of {path} are unknown; "
+            "choose another --out"
         ) from error
     now = json.loads(json.dumps(conditions, default=str))
     different = [
@@ -157,7 +158,7 @@ def check_conditions(path: Path, conditions: Mapping[str, Any]) -> None:
     if different:
         raise ConfigError(
             f"{path}: was begun with other settings ({', '.join(different)}); give the earlier "
-            "ones to continue it, or another --out"
+            "ones to continue it, or choose another --out"
         )
 
 
@@ -198,7 +199,7 @@ def row_spans(path: Path) -> dict[str, tuple[int, int]]:
                 repeated = uid in spans
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DataError(
-                    f"{path}, line {number}: no row with a {UID}; repair or remove the line"
+                    f"{path}, line {number}: not a row with a {UID}; repair or remove the line"
                 ) from error
             if repeated:
                 raise DataError(

@@ -263,8 +263,8 @@ class Checkpointer:
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise CheckpointError(
-                f"{final}: not saved: needs {needed} bytes, the disk has {free} free; free some, "
-                f"by removing older folders in {self.root} if need be"
+                f"{final}: not saved: needs {needed} bytes, the disk has {free} free; free disk "
+                f"space, e.g. by removing older folders in {self.root}"
             )
 
     def _commit(self, unfinished: Path, final: Path) -> None:
@@ -380,15 +380,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or folder}: cannot be read now ({error.strerror}), which may pass, "
-            "so no older checkpoint is used in its place and nothing was changed; give the same "
-            f"command again, or move {folder.name} elsewhere to continue from an older one"
+            "so no older checkpoint is used instead and nothing was changed; run the same command "
+            f"again, or move {folder.name} elsewhere to continue from an older one"
         ) from error
     named = STEP_FOLDER.fullmatch(folder.name)
     steps = {manifest["step"], state.step, *([int(named[1])] if named else [])}
     if len(steps) > 1:
         raise CheckpointError(
-            f"{folder}: its name, manifest and state speak of the steps "
-            f"{', '.join(map(str, sorted(steps)))}, so it was renamed or edited; give it back its "
+            f"{folder}: its name, manifest and state do not agree on the step "
+            f"({', '.join(map(str, sorted(steps)))}), so it was renamed or edited; restore its "
             "name, or move it elsewhere"
         )
     return Checkpoint(folder=folder, state=state)
@@ -407,13 +407,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         version = whole_number(manifest["format"], "format")
         if version != FORMAT:
             raise CheckpointError(
-                f"{folder}: of format {version}, this version of hybridrl reads {FORMAT}"
+                f"{folder}: has format {version}, but this version of hybridrl reads {FORMAT}"
             )
         whole_number(manifest["step"], "step")
         for name, entry in manifest["files"].items():
             if Path(name).name != name or "\0" in name:
                 raise CheckpointError(
-                    f"{folder}: manifest names {name!r}, which is no plain file name"
+                    f"{folder}: its manifest names {name!r}, which is not a plain file name"
                 )
             whole_number(entry["bytes"], f"size of {name}")
             if not isinstance(entry["sha256"], str):
@@ -422,7 +422,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         reason = shortened(error)
         raise DamagedCheckpoint(f"{folder / MANIFEST}: unreadable manifest: {reason}") from error
     if STATE not in manifest["files"]:
-        raise CheckpointError(f"{folder}: manifest without {STATE}")
+        raise CheckpointError(f"{folder}: its manifest does not list {STATE}")
     return manifest
 
 
@@ -448,11 +448,11 @@ def state_from_json(content: Any) -> RunState:
         TypeError, ValueError: the content does not have the form that `state_to_json` returns.
     """
     if not isinstance(content, dict):
-        raise ValueError("it is no mapping")
+        raise ValueError("it is not a mapping")
     ids = {key: value for key, value in content.items() if key.endswith(TRACKER_ID)}
     for key, value in ids.items():
         if not isinstance(value, str | None):
-            raise ValueError(f"{key} is no text")
+            raise ValueError(f"{key} is not text")
     return RunState(
         **{key: value for key, value in content.items() if key not in ids},
         trackers={
@@ -475,7 +475,7 @@ def read_state(folder: Path) -> RunState:
             whole_number(getattr(state, what), what)
         for what in ("parts", "metrics", "inputs"):
             if not isinstance(getattr(state, what), dict):
-                raise ValueError(f"{what} is no mapping")
+                raise ValueError(f"{what} is not a mapping")
     except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{folder / STATE}: not a state of this version of hybridrl: {error}"
@@ -519,13 +519,13 @@ def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
             raise DamagedCheckpoint(f"{path}: {different}") from error
         if stat.S_ISLNK(status.st_mode):
             raise CheckpointError(
-                f"{path}: a link, which could point anywhere; put the file in its place"
+                f"{path}: is a link, which could point anywhere; replace it with the file"
             )
         if not stat.S_ISREG(status.st_mode) or status.st_size != entry["bytes"]:
             raise DamagedCheckpoint(f"{path}: {different}")
     weights = [path for path in entries(folder) if path.suffix == ".safetensors"]
     if unknown := [path for path in weights if path.name not in files]:
-        raise CheckpointError(f"{unknown[0]}: the manifest does not name it")
+        raise CheckpointError(f"{unknown[0]}: the manifest does not list it")
     with ThreadPoolExecutor(HASHING) as pool:
         digests = pool.map(lambda name: sha256(folder / name), files)
         for (name, entry), digest in zip(files.items(), digests, strict=True):

@@ -171,8 +171,8 @@ def check_not_foreign(run_dir: Path) -> None:
     if files and not was_run(run_dir):
         names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
         raise RunDirectoryError(
-            f"run.dir={run_dir}: holds files ({names}) and never was a run of hybridrl, which "
-            "would replace files there; choose a new or empty directory"
+            f"run.dir={run_dir}: holds files ({names}) that are not from a run of hybridrl, and a "
+            "run would replace files there; choose a new or empty directory"
         )
 
 
@@ -212,8 +212,8 @@ def check_no_links(run_dir: Path) -> None:
     parts = [*(run_dir / name for name in PARTS), *inner]
     if link := next((path for path in parts if path.is_symlink()), None):
         raise RunDirectoryError(
-            f"{link}: a link, and a run does not write through links in its directory; put what "
-            "it leads to in its place, or make the run directory as a whole a link"
+            f"{link}: is a link, and a run does not write through links in its directory; replace "
+            "it with what it leads to, or make the run directory as a whole a link"
         )
 
 
@@ -252,8 +252,9 @@ def held_by_another(run_dir: Path) -> RunDirectoryError:
     with suppress(OSError, RunDirectoryError):
         holder = read_text(run_dir / HOLDER)
     return RunDirectoryError(
-        f"run.dir={run_dir}: another run holds it, {holder or 'whose process is not yet on file'}; "
-        "wait for it, end it, or choose another run.dir"
+        f"run.dir={run_dir}: is locked by another run, "
+        f"{holder or 'whose process is not known yet'}; wait for it, end it, or choose another "
+        "run.dir"
     )
 
 
@@ -300,7 +301,7 @@ def set_aside_exports(run_dir: Path, step: int) -> None:
         if found and int(found[1]) > step and SET_ASIDE not in folder.name:
             renamed = folder.with_name(f"{folder.name}{SET_ASIDE}{uuid.uuid4().hex[:6]}")
             folder.rename(renamed)
-            log.warning("%s: of steps that are done anew, renamed to %s", folder, renamed.name)
+            log.warning("%s: its step is repeated, so it was renamed to %s", folder, renamed.name)
 
 
 def checkpoint_to_continue(
@@ -334,9 +335,9 @@ def checkpoint_to_continue(
         check_inputs(settings, checkpoint.state.inputs, inputs)
         if checkpoint.state.step > settings.train.steps:
             raise RunDirectoryError(
-                f"{checkpoint.folder}: {checkpoint.state.step} steps are done, and "
-                f"train.steps={settings.train.steps}; set it as high at least, or choose another "
-                "run.dir"
+                f"{checkpoint.folder}: {checkpoint.state.step} steps are done, but "
+                f"train.steps={settings.train.steps}; set it to at least {checkpoint.state.step}, "
+                "or choose another run.dir"
             )
     return checkpoint
 
@@ -425,7 +426,8 @@ def read_settings(run_dir: Path) -> RunSettings:
         if (found := settings_in(folder)) is not None:
             return found
     raise RunDirectoryError(
-        f"{run_dir / CONFIG}: cannot be read (No such file), so it is unknown what run this is"
+        f"{run_dir / CONFIG}: cannot be read (No such file), so the settings of this run are "
+        "unknown"
     )
 
 
@@ -443,7 +445,7 @@ def settings_in(folder: Path) -> RunSettings | None:
         return from_yaml(text)
     except ConfigError as error:
         raise RunDirectoryError(
-            f"{folder / CONFIG}: no settings of this version of hybridrl: {error}"
+            f"{folder / CONFIG}: not settings of this version of hybridrl: {error}"
         ) from error
 
 

@@ -101,10 +101,10 @@ def _line(value: Any) -> dict[str, Any]:
             "passed_over": value["passed_over"],
         }
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError("no line of a ledger") from error
+        raise ValueError("not a line of a ledger") from error
     for uids in (line["trained"], line["passed_over"]):
         if not isinstance(uids, list) or not all(isinstance(uid, str) for uid in uids):
-            raise ValueError("no line of a ledger")
+            raise ValueError("not a line of a ledger")
     return line
 
 

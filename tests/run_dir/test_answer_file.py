@@ -73,7 +73,7 @@ def test_a_file_without_rows_is_begun_anew_with_other_settings(tmp_path: Path):
 def test_a_users_own_file_is_not_written_to(tmp_path: Path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"uid": "a"}\n')
-    with pytest.raises(ConfigError, match="no earlier command"), opened(path, CONDITIONS):
+    with pytest.raises(ConfigError, match="was not begun by"), opened(path, CONDITIONS):
         pass
 
 
@@ -116,7 +116,7 @@ def test_damaged_conditions_are_one_sentence(tmp_path: Path, text: str):
     with opened(path, CONDITIONS) as file:
         file.append([row("a")])
     (state_folder(path) / "settings.json").write_text(text)
-    message = r"settings\.json: is damaged, .*; give another --out"
+    message = r"settings\.json: is damaged, .*; choose another --out"
     with pytest.raises(ConfigError, match=message), opened(path, CONDITIONS):
         pass
 

@@ -270,7 +270,7 @@ def test_a_run_that_died_before_its_first_checkpoint_may_start_again_with_anythi
     ("text", "says"),
     [
         (None, "cannot be read (No such file"),
-        ("run: [", "no YAML"),
+        ("run: [", "not YAML"),
         ("{trian: 3}", "no such setting"),
     ],
 )
@@ -314,7 +314,7 @@ def test_resume_required_wants_a_checkpoint(tmp_path: Path):
 
 
 def test_a_directory_belongs_to_one_run_at_a_time_and_the_second_is_told_who_has_it(tmp_path: Path):
-    who = f"another run holds it, process {os.getpid()} on {socket.gethostname()};"
+    who = f"is locked by another run, process {os.getpid()} on {socket.gethostname()};"
     with run_directory(settings_of(tmp_path)), pytest.raises(RunDirectoryError, match=who):
         resume(settings_of(tmp_path))
     assert resume(settings_of(tmp_path)) is None
@@ -344,7 +344,7 @@ def test_the_lock_ends_with_its_process_even_when_that_is_killed_and_its_log_may
             time.sleep(0.02)
         assert log.read_text() == "held\n"
         with pytest.raises(
-            RunDirectoryError, match=f"another run holds it, process {holder.pid} on "
+            RunDirectoryError, match=f"is locked by another run, process {holder.pid} on "
         ):
             resume(settings_of(tmp_path))
     finally:
@@ -356,7 +356,9 @@ def test_the_lock_ends_with_its_process_even_when_that_is_killed_and_its_log_may
 def test_a_removed_lock_file_lets_no_second_run_in(tmp_path: Path):
     with run_directory(settings_of(tmp_path)):
         (tmp_path / ".lock").unlink()
-        with pytest.raises(RunDirectoryError, match=f"another run holds it, process {os.getpid()}"):
+        with pytest.raises(
+            RunDirectoryError, match=f"locked by another run, process {os.getpid()}"
+        ):
             resume(settings_of(tmp_path))
 
 
@@ -378,9 +380,7 @@ def test_a_directory_with_files_that_was_never_a_run_is_left_as_it_is(
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "step_000001.jsonl").write_text("mine")
     before = everything(tmp_path)
-    wanted = (
-        r"holds files \(config\.yaml, .*never was a run" if where == "." else "run.dir is empty"
-    )
+    wanted = r"holds files \(config\.yaml, .*not from a run" if where == "." else "run.dir is empty"
     with pytest.raises((RunDirectoryError, ConfigError), match=wanted):
         resume(load_config([f"run.dir='{where}'", "experiment=quickstart"]))
     assert everything(tmp_path) == before
@@ -396,7 +396,7 @@ def test_a_directory_with_a_run_in_it_or_with_nothing_to_lose_is_used(tmp_path: 
     assert resume(settings_of(tmp_path)) == 10
     (tmp_path / ".holder").unlink()
     (tmp_path / "config.yaml").unlink()
-    with pytest.raises(RunDirectoryError, match="it is unknown what run this is"):
+    with pytest.raises(RunDirectoryError, match="the settings of this run are unknown"):
         resume(settings_of(tmp_path))  # its checkpoint shows that it belongs to a run
 
 
@@ -423,7 +423,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_when_the_run_goes_on(tmp_path:
 
 def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path):
     start(settings_of(tmp_path, *CONSTANT), step=10**9)
-    with pytest.raises(RunDirectoryError, match=r"1000000000 steps are done, and train\.steps=250"):
+    with pytest.raises(RunDirectoryError, match=r"1000000000 steps are done, but train\.steps=250"):
         resume(settings_of(tmp_path, *CONSTANT))
 
 
@@ -447,7 +447,7 @@ def test_nothing_is_written_or_removed_through_a_link(tmp_path: Path, name: str)
     (run_dir / name).parent.mkdir(exist_ok=True)
     (run_dir / name).symlink_to(outside)
     before = everything(outside)
-    with pytest.raises(RunDirectoryError, match=f"{run_dir / name}: a link"):
+    with pytest.raises(RunDirectoryError, match=f"{run_dir / name}: is a link"):
         resume(settings_of(run_dir))
     assert everything(outside) == before
 
@@ -467,7 +467,7 @@ def test_a_link_in_the_place_of_saved_settings_is_not_read(tmp_path: Path):
     start(settings_of(tmp_path))
     (tmp_path / "config.yaml").rename(tmp_path / "elsewhere.yaml")
     (tmp_path / "config.yaml").symlink_to(tmp_path / "elsewhere.yaml")
-    with pytest.raises(RunDirectoryError, match=r"config\.yaml: a link"):
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml: is a link"):
         read_settings(tmp_path)
 
 
@@ -478,14 +478,14 @@ def test_a_link_in_the_place_of_saved_settings_is_not_read(tmp_path: Path):
         ("run: {dir: 'x${.seed}'}", r"run\.dir: holds a reference"),
         ("tracking: {tags: ['\\\\${oc.env:HOME}']}", r"tracking\.tags: holds a reference"),
         ("a: &a [1]\nb: *a", "a YAML alias"),
-        ("a: " + "[" * 3000, "no YAML"),
-        ("when: 2020-99-99", "no YAML"),
-        ("- a", "no mapping of settings"),
+        ("a: " + "[" * 3000, "is not YAML"),
+        ("when: 2020-99-99", "is not YAML"),
+        ("- a", "is not a mapping of settings"),
     ],
 )
 def test_saved_settings_refer_to_nothing_outside_of_them(tmp_path: Path, text: str, says: str):
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(RunDirectoryError, match=rf"config\.yaml: no settings .*{says}") as caught:
+    with pytest.raises(RunDirectoryError, match=rf"config\.yaml: not settings .*{says}") as caught:
         read_settings(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -547,7 +547,7 @@ def test_a_description_of_a_directory_says_and_refuses_what_a_run_in_it_would(tm
     )
     with pytest.raises(CheckpointError, match=r"run\.resume=required: no checkpoint in"):
         describe_directory(settings_of(new, "run.resume=required"), {})
-    with pytest.raises(RunDirectoryError, match=r"10 steps are done, and train\.steps=5"):
+    with pytest.raises(RunDirectoryError, match=r"10 steps are done, but train\.steps=5"):
         describe_directory(
             settings_of(old, "train.steps=5", "run.allow_changes=[train,algorithm]"), {}
         )

@@ -360,7 +360,7 @@ def test_a_checkpoint_that_fails_is_told_and_the_run_goes_on_but_not_past_its_en
     ):
         controller.run()
     assert (
-        "step 2 has no checkpoint, the older ones are whole: " in caplog.text
+        "step 2 has no checkpoint (older ones are intact): " in caplog.text
         and len(recorder.rows) == 2
     )
 
@@ -372,7 +372,7 @@ def test_told_to_end_while_checkpoints_fail_it_ends_and_says_that_the_step_was_n
     controller, recorder = continued(graph, whole, 1, tmp_path)
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     recorder.then = lambda: setattr(controller.preemption, "signal_name", "SIGTERM")
-    says = r"^ended by SIGTERM; .*; step 2 has no checkpoint, the older ones are whole: .*not saved"
+    says = r"^ended by SIGTERM; .*; step 2 has no checkpoint \(older ones are intact\): .*not saved"
     with pytest.raises(CheckpointError, match=says) as raised:
         controller.run()
     assert len(recorder.rows) == 1 and isinstance(raised.value.__cause__, Preempted)
@@ -441,7 +441,7 @@ def test_a_step_that_cannot_be_saved_after_an_error_of_on_step_is_not_called_sav
         controller.run()
     whose, what = raised.value.__notes__
     assert whose == "on_step raised this after step 2 of the run"
-    assert what.startswith("the step has no checkpoint, the older ones are whole: ")
+    assert what.startswith("the step has no checkpoint (older ones are intact): ")
 
 
 @pytest.mark.graph
@@ -479,7 +479,9 @@ def test_a_run_whose_directory_another_one_has_now_saves_nothing_there(
         run_dir.mkdir()
 
     recorder.then = take
-    with pytest.raises(RunDirectoryTaken, match="run: another directory has taken the place"):
+    with pytest.raises(
+        RunDirectoryTaken, match="run: another directory has replaced the run's own"
+    ):
         controller.run()
     assert list(run_dir.iterdir()) == []
 
@@ -497,7 +499,7 @@ def test_a_run_whose_directory_another_one_has_now_saves_nothing_there(
 def test_a_state_of_another_form_is_refused(graph: Graph, whole: Whole, tmp_path: Path, parts):
     controller, _ = graph.controller(tmp_path)
     checkpoint = read_checkpoint(whole.folder(1))
-    with pytest.raises(CheckpointError, match="its state of pipeline has another form"):
+    with pytest.raises(CheckpointError, match="its state of pipeline does not have the form"):
         controller.load_state(replace(checkpoint.state, parts=parts), str(checkpoint.folder))
 
 
@@ -509,7 +511,7 @@ def test_a_checkpoint_without_the_state_of_a_part_is_refused(
     checkpoint = read_checkpoint(whole.folder(1))
     state = replace(checkpoint.state, parts={"pipeline": checkpoint.state.parts["pipeline"]})
     with pytest.raises(
-        CheckpointError, match="has no state of schedules; it is of another version of hybridrl"
+        CheckpointError, match="has no state of schedules, so another version of hybridrl wrote it"
     ):
         controller.load_state(state, str(checkpoint.folder))
 
@@ -606,7 +608,7 @@ def test_a_damaged_ledger_names_the_line(tmp_path: Path):
     (tmp_path / "ledger.jsonl").write_text(
         '{"step": 1}\n{"step": 2, "trained": [], "passed_over": []}\n'
     )
-    with pytest.raises(LedgerError, match=r"ledger\.jsonl, line 1: no line of a ledger"):
+    with pytest.raises(LedgerError, match=r"ledger\.jsonl, line 1: not a line of a ledger"):
         Ledger(tmp_path, 2)
 
 
