@@ -271,9 +271,9 @@ def test_a_failed_job_of_a_sweep_does_not_stop_the_others_and_is_not_forgotten(
     ("how", "status", "sentence"),
     [
         (
-            Preempted("ended by SIGTERM; the same command continues"),
+            Preempted("ended by SIGTERM; run the same command again to continue"),
             75,
-            "ended by SIGTERM; the same command continues",
+            "ended by SIGTERM; run the same command again to continue",
         ),
         (KeyboardInterrupt(), 130, "ended at once by Ctrl-C; what was saved before is intact"),
     ],

@@ -79,9 +79,9 @@ class Coefficients:
         for key, config in self.settings.schedules.items():
             if config.metric and self.unmeasured.get(config.metric, 0) >= limit:
                 raise MetricError(
-                    f"{key}.metric={config.metric}: none of the last {limit} steps measured it, "
-                    "so that the weight never changes; follow a metric that these settings "
-                    "measure, e.g. one of those in metrics.jsonl"
+                    f"{key}.metric={config.metric}: none of the first {limit} steps of this "
+                    "process measured it, so the weight would never change; follow a metric that "
+                    "these settings measure, e.g. one of those in metrics.jsonl"
                 )
         for schedule in self.schedules.values():
             schedule.observe(row)

@@ -211,7 +211,7 @@ class Controller:
             rows = self.sampling.rollouts(sampled.arrived, self.steps_done, tracking.rollouts)
         except WorkerError as error:
             self.workers.lose(error)
-            log.warning("step %d shows no rollouts, as %s", self.steps_done, error)
+            log.warning("step %d shows no rollouts, because %s", self.steps_done, error)
             return
         self.sinks.rollouts(rows)
 
@@ -280,7 +280,7 @@ class Controller:
         try:
             self.save_unsaved(row)
         except CheckpointError as error:
-            step = f"step {self.steps_done} has no checkpoint, the older ones are whole"
+            step = f"step {self.steps_done} has no checkpoint (older ones are intact)"
             raise CheckpointError(f"{end}; {step}: {error}") from end
 
     def _call_back(self, on_step: OnStep, row: Mapping[str, float]) -> None:
@@ -300,7 +300,7 @@ class Controller:
             try:
                 self.save_unsaved(row)
             except CheckpointError as unsaved:
-                error.add_note(f"the step has no checkpoint, the older ones are whole: {unsaved}")
+                error.add_note(f"the step has no checkpoint (older ones are intact): {unsaved}")
             else:
                 error.add_note("the step is saved, and the same call continues after it")
             raise
@@ -528,7 +528,7 @@ class Controller:
                 if last:
                     raise
                 log.error(
-                    "step %d has no checkpoint, the older ones are whole: %s",
+                    "step %d has no checkpoint (older ones are intact): %s",
                     self.steps_done,
                     error,
                 )
@@ -578,8 +578,8 @@ class Controller:
         """
         if missing := self.stateful.keys() - state.parts.keys():
             raise CheckpointError(
-                f"{folder}: has no state of {', '.join(sorted(missing))}; it is of another "
-                "version of hybridrl, continue it with that one"
+                f"{folder}: has no state of {', '.join(sorted(missing))}, so another version of "
+                "hybridrl wrote it; continue it with that version"
             )
         self._enter(Phase.learn)
         self.learner.load_state(folder, state.optimizer_steps)
@@ -594,8 +594,8 @@ class Controller:
                 raise
             except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
                 raise CheckpointError(
-                    f"{folder}: its state of {name} has another form than this version of hybridrl "
-                    f"writes ({error!r}); continue it with the version that wrote it"
+                    f"{folder}: its state of {name} does not have the form that this version of "
+                    f"hybridrl writes ({error!r}); continue it with the version that wrote it"
                 ) from error
         self.steps_done = state.step
         self.optimizer_steps = state.optimizer_steps

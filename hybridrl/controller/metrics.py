@@ -65,14 +65,15 @@ def check_metrics(settings: RunSettings) -> None:
     for key, metric in {**feedback, "checkpoint.best": settings.checkpoint.best}.items():
         if metric and explain(metric) is None:
             raise ConfigError(
-                f"{key}={metric}: no step has such a metric; take one of "
+                f"{key}={metric}: there is no such metric; choose one of "
                 "hybridrl/tracking/METRICS.md, e.g. reward/mean"
             )
         if metric and (of_set := set_metric(metric)) is not None:
             check_set_metric(key, metric, of_set, settings)
         if metric and metric.startswith("eval/") and key in feedback:
             raise ConfigError(
-                f"{key}={metric}: is not measured in every step; take one that is, e.g. reward/mean"
+                f"{key}={metric}: is not measured in every step; choose one that is, e.g. "
+                "reward/mean"
             )
 
 
@@ -109,7 +110,7 @@ def check_set_metric(key: str, metric: str, of_set: tuple[str, str], settings: R
     if rest.startswith("pass_at_") and rest not in sizes:
         raise ConfigError(
             f"{key}={metric}: eval.sets.{name}.samples={sets[name].samples} measures "
-            f"{', '.join(sizes)}; take one of them"
+            f"{', '.join(sizes)}; choose one of them"
         )
 
 

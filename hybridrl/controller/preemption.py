@@ -18,7 +18,10 @@ NAMES = {
     signal.SIGHUP: "SIGHUP, the terminal was closed",
     signal.SIGINT: "Ctrl-C",
 }
-NOTICE = b"Ctrl-C: the run ends as soon as what it learned is saved; once more ends it at once\n"
+NOTICE = (
+    b"Ctrl-C: the run ends as soon as what it learned is saved; press Ctrl-C again to end it at "
+    b"once\n"
+)
 
 
 class Preemption:
@@ -83,7 +86,7 @@ class Preemption:
             Preempted: it names the signal.
         """
         if self.signal_name:
-            raise Preempted(f"ended by {self.signal_name}; the same command continues")
+            raise Preempted(f"ended by {self.signal_name}; run the same command again to continue")
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         """Remember the first stop signal, and interrupt the run where it must end at once.

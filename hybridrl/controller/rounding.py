@@ -29,6 +29,6 @@ def rounding_warning(settings: RunSettings, stats: LearnerStats, device: str) ->
         return None
     return (
         f"the KL to the teacher is {kl:.2g} nats a token, where a large part of the gradient is "
-        "the rounding of bfloat16 logits; train.exact_logits=true takes that away and makes the "
-        "learner's pass over the vocabulary several times slower"
+        "the rounding error of bfloat16 logits; train.exact_logits=true removes this error and "
+        "makes the learner's pass over the vocabulary several times slower"
     )

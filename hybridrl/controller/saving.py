@@ -54,7 +54,7 @@ class Saving:
         try:
             self.settle()
         except (CheckpointError, WorkerError) as error:
-            log.error("step %d has no checkpoint, the older ones are whole: %s", self._step, error)
+            log.error("step %d has no checkpoint (older ones are intact): %s", self._step, error)
 
     def take(self) -> dict[str, float]:
         """Settle the checkpoint if it is finished, without waiting. Returns the metric of its time,

@@ -54,12 +54,12 @@ def open_plain(path: Path) -> BinaryIO:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise RunDirectoryError(f"{path}: a link; put the file itself in its place") from error
+        raise RunDirectoryError(f"{path}: is a link; replace it with the file itself") from error
     file = os.fdopen(descriptor, "rb")
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         file.close()
-        raise RunDirectoryError(f"{path}: not a file; remove it")
+        raise RunDirectoryError(f"{path}: is not a file; remove it")
     return file
 
 

@@ -45,8 +45,8 @@ class Appender:
         """
         if is_at(self._folder, self.path.parent) is False:
             raise RunDirectoryTaken(
-                f"{self.path.parent}: another directory has taken the place of the run's own; "
-                "nothing more is saved there, give the run that still goes on a run.dir of its own"
+                f"{self.path.parent}: another directory has replaced the run's own, so nothing "
+                "more is saved there; give each run a run.dir of its own"
             )
 
     def check(self) -> None:

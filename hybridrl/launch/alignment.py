@@ -84,8 +84,8 @@ def check_begins(
     raise ConfigError(
         f"{source}: it begins a text with "
         f"{described(teacher, teacher.bos_token_id)}, model.path={settings.model.path} with "
-        f"{described(student, student.bos_token_id)}; choose a teacher that begins it with the "
-        f"same token, or set teachers.{name}.chat_template=own to have it read its own prompts"
+        f"{described(student, student.bos_token_id)}; choose a teacher that begins it in the "
+        f"same way, or set teachers.{name}.chat_template=own to have it read its own prompts"
     )
 
 

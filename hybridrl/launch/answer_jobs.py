@@ -24,7 +24,10 @@ from hybridrl.run_dir.contents import digest_of_files
 from hybridrl.run_dir.inputs import MODEL_FILES, described
 from hybridrl.types import Prompt
 
-NOTICE = b"Ctrl-C: ends within a second, finished answers are retained; once more ends it at once\n"
+NOTICE = (
+    b"Ctrl-C: ends within a second, finished answers are retained; press Ctrl-C again to end it at "
+    b"once\n"
+)
 ROLLOUT_CONDITIONS = (
     "max_new_tokens",
     "max_model_len",

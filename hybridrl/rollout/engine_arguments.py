@@ -53,7 +53,7 @@ ONE_NODE = "an engine has the devices of one node"
 NEVER = {
     "trust_remote_code": "code in a model's folder is never run",
     "code_revision": "code in a model's folder is never run",
-    "load_format": "weights are read from safetensors alone",
+    "load_format": "weights are read only from safetensors files",
     "hf_token": "a token is read from the variable HF_TOKEN, so that no file holds it",
     "worker_cls": "the worker is vLLM's own",
     "disable_log_stats": "an engine's statistics are metrics of the run",
@@ -164,9 +164,7 @@ def check_engine_arguments(arguments: Mapping[str, Any], rules: ArgumentRules = 
     """
     for name in arguments:
         if (setting := rules.decided_by.get(name)) is not None:
-            raise ConfigError(
-                f"{rules.setting}.{name}: {setting} decides it; leave it out, and use that"
-            )
+            raise ConfigError(f"{rules.setting}.{name}: is decided by {setting}; set that instead")
         if (reason := rules.fixed.get(name)) is not None:
             raise ConfigError(f"{rules.setting}.{name}: {reason}; leave it out")
     if not arguments:
@@ -179,8 +177,8 @@ def check_engine_arguments(arguments: Mapping[str, Any], rules: ArgumentRules = 
             raise ConfigError(f"{rules.setting}.{name}: vLLM has no such argument; {remedy}")
         if name in answer.refusals:
             raise ConfigError(
-                f"{rules.setting}.{name}={value}: vLLM does not take it: {answer.refusals[name]}; "
-                "correct the value"
+                f"{rules.setting}.{name}={value}: vLLM rejects this value: "
+                f"{answer.refusals[name]}; correct it"
             )
 
 

@@ -37,8 +37,8 @@ class Replay:
         for prompt in prompts:
             if len(prompt.responses) != order.group_size:
                 raise DataError(
-                    f"{prompt.uid}: has {len(prompt.responses)} responses in the data, must have "
-                    f"{order.group_size}; correct the row"
+                    f"{prompt.uid}: has {len(prompt.responses)} responses in the data, but must "
+                    f"have {order.group_size}; correct the row"
                 )
         trajectories = [
             trajectory_of(prompt, response) for prompt in prompts for response in prompt.responses

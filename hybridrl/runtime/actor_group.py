@@ -147,8 +147,8 @@ class ActorGroup:
             ray.kill(self.actors[member])
         if self._fails_always(index, error):
             raise FleetExhausted(
-                f"{error}; the worker that replaced another one after this error failed with it at "
-                "once, so a further one would too"
+                f"{error}; its replacement failed at once with the same error, so another one "
+                "would fail too"
             )
         if self.restarts_left == 0:
             raise FleetExhausted(

@@ -158,7 +158,7 @@ class RayStore:
             # A value was lost, not the worker that needed it; restarting that worker would not
             # help.
             reason = (
-                f"what {pending.worker} was to give or to be given in {pending.call} is gone "
+                f"a value that {pending.worker} returned or needed in {pending.call} was lost "
                 "with its node"
             )
             raise WorkerDied(OBJECT_STORE, "keeping values", reason) from error

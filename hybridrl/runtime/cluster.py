@@ -91,8 +91,8 @@ class Cluster:
         chosen = self.settings.rollout.weight_transfer
         if chosen in (WeightTransfer.nccl, WeightTransfer.ipc) and self.device == "cpu":
             raise ConfigError(
-                f"rollout.weight_transfer={chosen}: needs GPUs, and cluster.device=auto came out "
-                "as cpu here; use object_store or auto"
+                f"rollout.weight_transfer={chosen}: needs GPUs, but cluster.device=auto chose cpu "
+                "here; use object_store or auto"
             )
         return self.settings.weight_transfer(on_cpu=self.device == "cpu")
 

@@ -94,7 +94,7 @@ class Fleet:
                 raise
             if remaining != self.serving:
                 num_engines = len(remaining) + len(self.joining)
-                log.warning("%s; going on with %d engines", exhausted, num_engines)
+                log.warning("%s; continuing with %d engines", exhausted, num_engines)
             self.serving = remaining
             return
         if engine is not None:

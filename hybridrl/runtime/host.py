@@ -95,7 +95,7 @@ def visible_gpus(gpus: Sequence[int | str]) -> dict[str, str]:
             matches = [name]
         if len(matches) != 1:
             raise PlacementError(
-                f"CUDA_VISIBLE_DEVICES={name}: is no GPU of this node, which has "
+                f"CUDA_VISIBLE_DEVICES={name}: does not name one GPU of this node, which has "
                 f"{', '.join(indices)}; slices of a GPU (MIG) cannot be used, start Ray with "
                 "whole GPUs"
             )

@@ -190,10 +190,10 @@ def connect(settings: RunSettings) -> None:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
         if local:
             raise PlacementError(
-                f"no Ray could be started on this machine: {reason}; its logs are in /tmp/ray, and "
-                "hybridrl doctor checks memory and disks"
+                f"Ray could not be started on this machine: {reason}; its logs are in /tmp/ray, "
+                "and hybridrl doctor checks memory and disks"
             ) from error
-        here = "null" if source == "cluster.address" else "unset it"
+        here = "set it to null" if source == "cluster.address" else "unset it"
         raise PlacementError(
             f"{source}={address}: no Ray cluster there ({reason}); give the address that "
             f"cluster/head.sh printed and set RAY_AUTH_MODE=token, or {here} to run here"

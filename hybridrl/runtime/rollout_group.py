@@ -332,7 +332,7 @@ class RolloutGroup:
         errors = failures([self._load(engine, manifest, packed) for engine in serving])
         refusals = [error for error in errors if not isinstance(error, WorkerDied | WorkerTimeout)]
         if refusals and len(errors) == len(serving):
-            raise WeightSyncError(f"no engine took the weights: {refusals[0]}") from refusals[0]
+            raise WeightSyncError(f"no engine loaded the weights: {refusals[0]}") from refusals[0]
         self.fleet.lose_all(errors)
         self.fleet.admit()
 

@@ -359,7 +359,7 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         self._check_words()
         if not 0 <= self.gamma <= 1:
-            raise ConfigError(f"algorithm.gamma={self.gamma}: a discount lies in [0, 1]")
+            raise ConfigError(f"algorithm.gamma={self.gamma}: must lie in [0, 1]")
         if (
             self.gamma > 0
             and self.divergence is not Divergence.reverse_kl
@@ -376,8 +376,8 @@ class AlgorithmConfig:
             )
         if not LEAST_JSD_BETA <= self.jsd_beta < 1:
             raise ConfigError(
-                f"algorithm.jsd_beta={self.jsd_beta}: lies in [{LEAST_JSD_BETA}, 1), below which "
-                "float32 rounds the gradient away; the ends are divergence=forward_kl and "
+                f"algorithm.jsd_beta={self.jsd_beta}: must lie in [{LEAST_JSD_BETA}, 1), below "
+                "which float32 rounds the gradient away; the ends are divergence=forward_kl and "
                 "reverse_kl"
             )
         for name in ("imitation_weight", "reward_weight"):

@@ -69,7 +69,7 @@ def check_teachers(settings: RunSettings) -> None:
             )
         if own_class is not None and teacher.path is not None:
             raise ConfigError(
-                f"teachers.{name}.model={own_class}: is instead of teachers.{name}.path="
+                f"teachers.{name}.model={own_class}: cannot be combined with teachers.{name}.path="
                 f"{teacher.path}; leave one of them out"
             )
         writes = settings.algorithm.teacher_fraction and name == next(iter(settings.teachers))
@@ -104,7 +104,7 @@ def check_teacher_prompts(settings: RunSettings) -> None:
         if teacher.chat_template_kwargs and not own:
             raise ConfigError(
                 f"teachers.{name}.chat_template_kwargs={teacher.chat_template_kwargs}: are read "
-                f"with teachers.{name}.chat_template=own alone; set it, or leave them out"
+                f"only with teachers.{name}.chat_template=own; set it, or leave them out"
             )
 
 
@@ -115,8 +115,8 @@ def check_evidence(settings: RunSettings) -> None:
         if pairs and teacher.evidence not in (None, EvidenceKind.drawn):
             raise ConfigError(
                 f"teachers.{name}.evidence={teacher.evidence}: "
-                f"algorithm.pair.loss={settings.algorithm.pair.loss} reads the drawn tokens' "
-                "log-probs alone; leave it out"
+                f"algorithm.pair.loss={settings.algorithm.pair.loss} reads only the drawn tokens' "
+                "log-probs; leave it out"
             )
 
 
@@ -185,7 +185,7 @@ def check_teacher_responses(settings: RunSettings) -> None:
     if algorithm.nll_weight and algorithm.ratio.kind is not Ratio.none:
         raise ConfigError(
             f"algorithm.nll_weight={algorithm.nll_weight}: the likelihood of what the teacher "
-            "wrote is no return to be weighted by algorithm.ratio; set "
+            "wrote is not a return that algorithm.ratio could weight; set "
             "algorithm.ratio.kind=none, or algorithm.nll_weight=0"
         )
 
@@ -361,7 +361,7 @@ def _check_turns(settings: RunSettings) -> None:
         return
     if not settings.cluster.colocate:
         raise ConfigError(
-            "cluster.take_turns=true: is about GPUs that engines and learner share; set "
+            "cluster.take_turns=true: needs GPUs that engines and learner share; set "
             "cluster.colocate=true, or leave it out"
         )
     if settings.pipeline.ahead:

@@ -369,11 +369,11 @@ def saved_tree(text: str) -> dict[str, Any]:
             )
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"no YAML: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"is not YAML: {str(error).splitlines()[0]}") from error
     except (ValueError, RecursionError) as error:  # a date or a number out of range, deep nesting
-        raise ConfigError(f"no YAML: {error}".splitlines()[0]) from error
+        raise ConfigError(f"is not YAML: {error}".splitlines()[0]) from error
     if not isinstance(tree, dict):
-        raise ConfigError("no mapping of settings")
+        raise ConfigError("is not a mapping of settings")
     _check_references(tree)
     return tree
 

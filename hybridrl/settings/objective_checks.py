@@ -139,7 +139,7 @@ def check_pair_terms(settings: RunSettings) -> None:
     for name in ("imitation_weight", "reward_weight"):
         if not getattr(algorithm, name).is_zero():
             raise ConfigError(
-                f"{loss}: is learned from alone, and algorithm.{name} is not 0; set "
+                f"{loss}: is the whole loss, but algorithm.{name} is not 0; set "
                 f"algorithm.{name}=0, or start from a preset of pairs, e.g. algorithm=dpo"
             )
     if algorithm.nll_weight:

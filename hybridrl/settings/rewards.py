@@ -74,14 +74,14 @@ class RewardConfig:
             )
         if self.gpus and not self.models:
             raise ConfigError(
-                f"reward.gpus={self.gpus}: no reward function is a reward_model, and no other one "
-                "uses a GPU; set it to 0"
+                f"reward.gpus={self.gpus}: only a reward_model uses a GPU, and no reward function "
+                "is one; set it to 0"
             )
         for name in self.models:
             options = self.functions[name].options
             if "device" in options:
                 raise ConfigError(
-                    f"reward.functions.{name}.options.device: the placement decides it; set "
+                    f"reward.functions.{name}.options.device: is decided by the placement; set "
                     "reward.gpus=1 for a GPU"
                 )
             dtype = options.get("dtype", "float32")

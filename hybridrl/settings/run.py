@@ -167,7 +167,7 @@ class DataConfig(ProblemsConfig):
         for name, value in single.items():
             if value is not None:
                 raise ConfigError(
-                    f"data.{name}={value}: is of a single source, and data.sources has "
+                    f"data.{name}={value}: belongs to a single source, but data.sources has "
                     f"{', '.join(self.sources)}; leave it out, or write it for one of them, e.g. "
                     f"data.sources.{next(iter(self.sources))}.{name}"
                 )

@@ -58,12 +58,14 @@ def _check_alone(settings: RunSettings, name: str) -> None:
     url = f"teachers.{name}.url={teacher.url}"
     if teacher.path is not None:
         raise ConfigError(
-            f"{url}: is instead of teachers.{name}.path={teacher.path}; leave one of them out (to "
-            f"name a folder with the tokenizer, set teachers.{name}.served.tokenizer)"
+            f"{url}: cannot be combined with teachers.{name}.path={teacher.path}; leave one of "
+            "them out (to name a folder with the tokenizer, set "
+            f"teachers.{name}.served.tokenizer)"
         )
     if teacher.model is not None:
         raise ConfigError(
-            f"{url}: is instead of teachers.{name}.model={teacher.model}; leave one of them out"
+            f"{url}: cannot be combined with teachers.{name}.model={teacher.model}; leave one of "
+            "them out"
         )
     if teacher.devices != 1:
         raise ConfigError(

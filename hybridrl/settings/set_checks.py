@@ -40,7 +40,8 @@ def _check_source(key: str, held_out: HeldOutSetConfig) -> None:
     task = held_out.task
     if path and task:
         raise ConfigError(
-            f"{key}.path={path}: beside {key}.task={task}; a set has one source, leave one out"
+            f"{key}.path={path}: cannot be combined with {key}.task={task}, as a set has one "
+            "source; leave one of them out"
         )
     if not (path or task):
         raise ConfigError(
@@ -101,6 +102,7 @@ def _check_judge(key: str, held_out: HeldOutSetConfig, settings: RunSettings) ->
         )
     if not functions and not settings.algorithm.data_fraction:
         raise ConfigError(
-            f"{key}: nothing measures it, as the run has no reward function and learns from no "
-            "data; add +reward.functions.NAME.function=..., or leave the set out"
+            f"{key}: nothing can be measured on it, because the run has no reward function and "
+            "does not learn from data; add +reward.functions.NAME.function=..., or leave the set "
+            "out"
         )

@@ -102,8 +102,8 @@ def saved_config(path: Path) -> Iterator[list[str]]:
         ) from error
     if unknown := sorted(tree.keys() - {f.name for f in fields(RunSettings)}):
         raise ConfigError(
-            f"{path}: {unknown[0]} is no setting of this version of hybridrl; name the settings "
-            "yourself, e.g. experiment=quickstart"
+            f"{path}: {unknown[0]} is not a setting of this version of hybridrl; name the "
+            "settings yourself, e.g. experiment=quickstart"
         )
     with _searched(tree) as overrides:
         # The presets in conf/config.yaml would add entries that the run did not have.
@@ -137,7 +137,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is nested too deeply; write fewer levels") from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path}: is no YAML file of settings: {first}") from error
+        raise ConfigError(f"{path}: is not a YAML file of settings: {first}") from error
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError(
             f"{path}: must be a mapping of settings, e.g. 'train: {{lr: 1.0e-3}}'; write names and "

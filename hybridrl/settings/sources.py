@@ -94,8 +94,8 @@ class SourceConfig(ProblemsConfig):
             )
         if self.task is not None and self.task not in GENERATORS:
             raise ConfigError(
-                f"{key}.task={self.task}: must be {' or '.join(GENERATORS)}; rows are read by "
-                f"{key}.path alone"
+                f"{key}.task={self.task}: must be {' or '.join(GENERATORS)}; to read rows, set "
+                f"only {key}.path"
             )
         if self.task == "reasoning_gym" and not self.dataset:
             raise ConfigError(

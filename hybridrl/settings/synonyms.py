@@ -289,7 +289,8 @@ SYNONYMS = (
         "load_in_4bit load_in_8bit",
         "",
         "load_in_4bit",
-        "weights are not quantised; lora.rank leaves gradients and optimizer to adapters",
+        "weights are not quantised; with lora.rank the model's own weights have no gradients and "
+        "no optimizer state",
     ),
     Synonym(
         None, "top_p top_k min_p repetition_penalty", "rollout.top_p", "top_p", WHOLE_DISTRIBUTION

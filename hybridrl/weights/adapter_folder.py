@@ -47,8 +47,8 @@ def export_adapters(
     for name, parameter in weights.adapters().items():
         if reader.shapes.get(name) != tuple(parameter.shape):
             raise CheckpointError(
-                f"{state}: lacks {name} in the shape {list(parameter.shape)}, so it is not of "
-                f"lora.rank={lora.rank}"
+                f"{state}: has no {name} of shape {list(parameter.shape)}, so it was not trained "
+                f"with lora.rank={lora.rank}"
             )
         tensors[PREFIX + name] = reader.whole(MASTER, name).to(getattr(torch, dtype))
     config.base_model_name_or_path = base_model(settings)

@@ -150,8 +150,8 @@ class FragmentReader:
         ranks = sorted(int(match[1]) for match in matches.values())
         if len(worlds) != 1 or ranks != list(range(*worlds)):
             raise CheckpointError(
-                f"{self.folder}: holds learner files {[p.name for p in matches]}, not one of each "
-                "rank"
+                f"{self.folder}: holds the learner files {[p.name for p in matches]}, but must "
+                "hold exactly one of each rank"
             )
         return list(matches)
 
@@ -159,7 +159,7 @@ class FragmentReader:
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: is no safetensors file: {error}") from error
+            raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
 
     def _list(self, number: int, index: str) -> None:
         try:
@@ -176,7 +176,7 @@ class FragmentReader:
                 )
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{self.folder}: a learner file without a readable index of its pieces"
+                f"{self.folder}: a learner file has no readable index of its pieces"
             ) from error
 
     def _check_tiling(self, name: str, size: int) -> None:

@@ -167,7 +167,9 @@ class WorkerExtension:
 def object_store_engine(worker: WorkerExtension) -> ObjectStoreTransferEngine:
     """The worker's side of the backend `object_store`."""
     engine = transfer_engine(worker)
-    assert isinstance(engine, ObjectStoreTransferEngine), "checks.py allows adapters no other one"
+    assert isinstance(engine, ObjectStoreTransferEngine), (
+        "checks.py allows no other backend with adapters"
+    )
     return engine
 
 

@@ -18,7 +18,7 @@ def test_a_weight_whose_metric_no_step_measures_ends_the_run_and_names_the_setti
         coefficients.observe({"kl/token": 3.0})
     with pytest.raises(
         MetricError,
-        match=r"^algorithm\.imitation_weight\.metric=pair/margin: none of the last 20 steps",
+        match=r"^algorithm\.imitation_weight\.metric=pair/margin: none of the first 20 steps",
     ):
         coefficients.observe({"kl/token": 3.0})
 
@@ -37,5 +37,5 @@ def test_a_metric_of_the_diagnostics_is_waited_for_until_they_are_due():
     coefficients = following("grad/cosine", "diagnostics.every=30")
     for _ in range(29):
         coefficients.observe({"kl/token": 3.0})
-    with pytest.raises(MetricError, match="none of the last 30 steps"):
+    with pytest.raises(MetricError, match="none of the first 30 steps"):
         coefficients.observe({"kl/token": 3.0})

@@ -704,7 +704,7 @@ def test_a_metric_that_no_step_has_cannot_be_followed(override: str):
     with pytest.raises(ConfigError) as error:
         check_metrics(settings)
     assert (
-        str(error.value) == f"{FOLLOWED[override]}: no step has such a metric; take one of "
+        str(error.value) == f"{FOLLOWED[override]}: there is no such metric; choose one of "
         "hybridrl/tracking/METRICS.md, e.g. reward/mean"
     )
 
@@ -738,7 +738,7 @@ def test_a_weight_follows_what_each_step_measures_and_the_best_checkpoint_an_eva
         (
             "eval/hard/pass_at_8",
             "checkpoint.best=eval/hard/pass_at_8: eval.sets.hard.samples=6 measures pass_at_1, "
-            "pass_at_2, pass_at_4, pass_at_6; take one of them",
+            "pass_at_2, pass_at_4, pass_at_6; choose one of them",
         ),
     ],
 )

@@ -40,7 +40,7 @@ def test_a_checkpoint_that_fails_is_in_the_log_and_the_next_one_can_succeed(
     saving.start(4, fail)
     with caplog.at_level(logging.ERROR):
         saving.settle_logged()
-    assert f"step 4 has no checkpoint, the older ones are whole: {error}" in caplog.text
+    assert f"step 4 has no checkpoint (older ones are intact): {error}" in caplog.text
     saving.start(6, lambda: None)
     saving.settle()
     assert saving.saved_step == 6

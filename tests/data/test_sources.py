@@ -279,7 +279,7 @@ def test_a_route_takes_the_rows_that_have_all_of_its_values() -> None:
         ({"task": "sudoku"}, "task=sudoku: must be countdown or reasoning_gym"),
         (
             {"task": "records"},
-            "task=records: must be .* rows are read by data.sources.s.path alone",
+            "task=records: must be .*; to read rows, set only data.sources.s.path",
         ),
         ({"task": "reasoning_gym"}, "needs data.sources.s.dataset"),
         ({"path": "a", "options": {"x": 1}}, "options=.*: is not read with the rows of"),
@@ -301,7 +301,7 @@ def test_a_source_that_cannot_be_used_is_refused(source: dict[str, object], sent
 def test_settings_of_a_single_source_are_refused_beside_several(single: dict[str, object]) -> None:
     sources = {"s": SourceConfig(task="countdown")}
     [name] = single
-    with pytest.raises(ConfigError, match=rf"^data\.{name}=.*: is of a single source, .* has s;"):
+    with pytest.raises(ConfigError, match=rf"^data\.{name}=.*: belongs to a single source, .* s;"):
         DataConfig(sources=sources, **single)  # type: ignore[arg-type]
 
 

@@ -172,7 +172,7 @@ def test_two_templates_that_differ_are_refused_unless_the_teacher_reads_by_its_o
     other.save_pretrained(folder / "student")
     chat_settings = ["data.chat_template=true", "model.eos=23"]
     message = refusal(folder, *chat_settings)
-    assert "its chat template writes" in message
+    assert "its chat template formats" in message
     assert message.endswith(
         "or set teachers.main.chat_template=own to have the teacher read by its own"
     )
@@ -233,8 +233,8 @@ def test_settings_of_a_teachers_template_without_a_template_are_refused(folder: 
         ),
         (
             ["+teachers.main.chat_template_kwargs.enable_thinking=true"],
-            "teachers.main.chat_template_kwargs={'enable_thinking': True}: are read with "
-            "teachers.main.chat_template=own alone; set it, or leave them out",
+            "teachers.main.chat_template_kwargs={'enable_thinking': True}: are read only with "
+            "teachers.main.chat_template=own; set it, or leave them out",
         ),
     ],
 )

@@ -105,7 +105,7 @@ def test_a_run_that_loses_its_learner_and_is_stopped_equals_a_run_without_a_faul
         and "going back to the last checkpoint" in output
         and "continues after step 2 of 6" in output
     )
-    assert "ended by SIGTERM; the same command continues" in output
+    assert "ended by SIGTERM; run the same command again to continue" in output
     last = max(row["step"] for row in read_ledger(tmp_path / "run"))
     assert (
         3 <= last < STEPS

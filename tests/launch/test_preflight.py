@@ -261,5 +261,5 @@ def test_the_arguments_of_the_engine_of_a_teacher_that_only_writes_are_checked_t
         ]
     )
     assert settings.scored_teachers == []
-    with pytest.raises(ConfigError, match=r"^teachers\.main\.engine\.seed: run\.seed decides it"):
+    with pytest.raises(ConfigError, match=r"^teachers\.main\.engine\.seed: is decided by run\."):
         preflight(settings)

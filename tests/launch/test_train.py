@@ -340,7 +340,7 @@ def test_the_workers_of_a_sweep_stay_but_for_those_that_run_rewards_and_each_job
 
 def test_a_signal_after_the_last_step_of_a_job_lets_no_other_begin_and_the_job_is_finished(resumed):
     stopped = (resumed.parent / "stopped.txt").read_text()
-    assert stopped == "ended by SIGTERM; the same command continues"
+    assert stopped == "ended by SIGTERM; run the same command again to continue"
     assert (resumed.parent / "other" / "export" / "step_000001" / "model.safetensors").exists()
     assert (resumed.parent / "other" / "report.html").exists()
 

@@ -37,7 +37,7 @@ def test_a_stop_signal_during_the_checks_of_a_job_is_the_exception_of_one_that_c
     """The sweep ends with this exception and its exit status, as in the middle of a job."""
     monkeypatch.setattr(session, "preflight", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match="ended by SIGTERM; the same command continues"):
+    with pytest.raises(Preempted, match="ended by SIGTERM; run the same command again"):
         train(settings_of(tmp_path / "run"))
     assert signal.getsignal(signal.SIGTERM) is before
     assert not (tmp_path / "run").exists()

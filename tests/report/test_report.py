@@ -520,7 +520,7 @@ def test_samples_of_other_types_are_named_by_file_and_line(tmp_path, change):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ([], "no mapping of settings"),
+        ([], "is not a mapping of settings"),
         ({"teachers": [1]}, r"teachers is \[1\], not a section"),
         ({"teachers": {"a": 3}}, r"teachers\.a is 3, not a section"),
         ({"teachers": {"a": {"path": 3}}}, r"teachers\.a\.path is 3"),

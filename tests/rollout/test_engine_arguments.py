@@ -32,8 +32,8 @@ def test_a_value_of_another_type_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine_arguments, "ask_vllm", lambda arguments, setting: answer(arguments))
     with pytest.raises(
         ConfigError,
-        match=r"^rollout\.engine\.block_size=16k: vLLM does not take it: Input should be a valid "
-        r"integer; correct the value$",
+        match=r"^rollout\.engine\.block_size=16k: vLLM rejects this value: Input should be a valid "
+        r"integer; correct it$",
     ):
         check_engine_arguments({"block_size": "16k"})
 
@@ -41,8 +41,8 @@ def test_a_value_of_another_type_is_refused(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dtype", r"^rollout\.engine\.dtype: model\.dtype decides it; leave it out, and use that$"),
-        ("seed", r"^rollout\.engine\.seed: run\.seed decides it; leave it out, and use that$"),
+        ("dtype", r"^rollout\.engine\.dtype: is decided by model\.dtype; set that instead$"),
+        ("seed", r"^rollout\.engine\.seed: is decided by run\.seed; set that instead$"),
         ("trust_remote_code", "code in a model's folder is never run; leave it out$"),
         ("scheduling_policy", "the requests have priorities; leave it out$"),
     ],

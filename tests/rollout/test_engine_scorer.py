@@ -157,9 +157,9 @@ def test_settings_that_no_engine_can_serve_are_refused(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dtype", "teachers.main.dtype decides it; leave it out, and use that"),
-        ("max_model_len", "rollout.max_model_len decides it"),
-        ("data_parallel_size", "scorer.replicas decides it"),
+        ("dtype", "is decided by teachers.main.dtype; set that instead"),
+        ("max_model_len", "is decided by rollout.max_model_len"),
+        ("data_parallel_size", "is decided by scorer.replicas"),
         ("trust_remote_code", "code in a model's folder is never run; leave it out"),
         ("logprobs_mode", "the log-probs must be those of the teacher's own distribution"),
     ],

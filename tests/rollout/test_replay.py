@@ -37,5 +37,5 @@ def test_the_responses_of_a_prompt_come_in_the_order_of_the_data_and_are_ranked_
 
 
 def test_a_prompt_with_another_number_of_responses_is_named():
-    with pytest.raises(DataError, match=r"^b: has 1 responses in the data, must have 2; correct"):
+    with pytest.raises(DataError, match=r"^b: has 1 responses in the data, but must have 2; c"):
         Replay().generate(order(2), [prompt("a", (5,), (6,)), prompt("b", (7,))])

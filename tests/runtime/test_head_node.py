@@ -148,9 +148,9 @@ def test_a_fault_is_the_same_only_where_no_step_was_made_between(first, second, 
 def test_an_interrupted_run_that_must_not_resume_names_the_setting_with_which_it_continues(
     tmp_path: Path,
 ):
-    interrupted = Preempted("ended by SIGTERM; the same command continues")
+    interrupted = Preempted("ended by SIGTERM; run the same command again to continue")
     with (
-        pytest.raises(Preempted, match=r"continues, but with run\.resume=auto$"),
+        pytest.raises(Preempted, match=r"to continue, but with run\.resume=auto$"),
         naming_what_is_saved(tiny_settings(tmp_path, "run.resume=never"), tmp_path),
     ):
         raise interrupted

@@ -277,7 +277,7 @@ BAD = [
     ),
     ("model.path=${nope}", "model.path=${nope}: Interpolation key 'nope' not found"),
     # values out of range
-    ("algorithm.gamma=1.5", "algorithm.gamma=1.5: a discount lies in [0, 1]"),
+    ("algorithm.gamma=1.5", "algorithm.gamma=1.5: must lie in [0, 1]"),
     ("algorithm.temperature=0", "algorithm.temperature=0.0: must be positive"),
     (
         "algorithm.imitation_weight={value:0,end:2}",
@@ -321,9 +321,9 @@ BAD = [
     ),
     (
         "algorithm=gkd algorithm.jsd_beta=1e-6",
-        "algorithm.jsd_beta=1e-06: lies in [0.001, 1), below which float32 rounds",
+        "algorithm.jsd_beta=1e-06: must lie in [0.001, 1), below which float32 rounds",
     ),
-    ("algorithm=gkd algorithm.jsd_beta=1", "algorithm.jsd_beta=1.0: lies in [0.001, 1)"),
+    ("algorithm=gkd algorithm.jsd_beta=1", "algorithm.jsd_beta=1.0: must lie in [0.001, 1)"),
     (
         "algorithm.ratio.kind=mask algorithm.ratio.low=2 algorithm.ratio.high=0.5",
         "algorithm.ratio.low=2.0, high=0.5: with kind=mask no ratio lies between them",
@@ -367,7 +367,7 @@ BAD = [
     ),
     (
         "+eval.sets.a={path:x,task:countdown}",
-        "eval.sets.a.path=x: beside eval.sets.a.task=countdown; a set has one source, leave one",
+        "eval.sets.a.path=x: cannot be combined with eval.sets.a.task=countdown, as a set has one",
     ),
     ("+eval.sets.a.samples=2", "eval.sets.a: has no problems; give eval.sets.a.path, a file of"),
     (
@@ -402,7 +402,7 @@ BAD = [
     ),
     (
         "algorithm=opd_full ~reward.functions.countdown +eval.sets.a.path=x",
-        "eval.sets.a: nothing measures it, as the run has no reward function and learns from no",
+        "eval.sets.a: nothing can be measured on it, because the run has no reward function and",
     ),
     ("deadlines.sync_s=0", "deadlines.sync_s=0.0: must be positive"),
     ("reward.timeout_s=0", "reward.timeout_s=0.0: must be positive"),
@@ -461,7 +461,7 @@ BAD = [
     ),
     (
         "algorithm=minillm algorithm.nll_weight=1",
-        "algorithm.nll_weight=1.0: the likelihood of what the teacher wrote is no return",
+        "algorithm.nll_weight=1.0: the likelihood of what the teacher wrote is not a return",
     ),
     (
         "algorithm=minillm algorithm.ratio.kind=none",
@@ -481,7 +481,7 @@ BAD = [
     ),
     (
         "algorithm=dpo +teachers.initial.evidence=hidden",
-        "teachers.initial.evidence=hidden: algorithm.pair.loss=dpo reads the drawn tokens'",
+        "teachers.initial.evidence=hidden: algorithm.pair.loss=dpo reads only the drawn tokens'",
     ),
     (
         "algorithm=word_kd +teachers.main.evidence=drawn",

@@ -64,11 +64,11 @@ ALONE = (SIMPO, "algorithm.imitation_weight=0", "algorithm.reward_weight=0")
 def test_terms_that_a_loss_on_pairs_would_drop_are_refused():
     """The quickstart imitates, and its reward weight rises from 0.5 to 2."""
     assert sentence_of(SIMPO) == (
-        "algorithm.pair.loss=simpo: is learned from alone, and algorithm.imitation_weight is not "
-        "0; set algorithm.imitation_weight=0, or start from a preset of pairs, e.g. algorithm=dpo"
+        "algorithm.pair.loss=simpo: is the whole loss, but algorithm.imitation_weight is not 0; "
+        "set algorithm.imitation_weight=0, or start from a preset of pairs, e.g. algorithm=dpo"
     )
     assert sentence_of(*ALONE[:2]).startswith(
-        "algorithm.pair.loss=simpo: is learned from alone, and algorithm.reward_weight is not 0;"
+        "algorithm.pair.loss=simpo: is the whole loss, but algorithm.reward_weight is not 0;"
     )
     rising = "algorithm.imitation_weight={kind: linear, value: 0, end: 1}"
     assert "algorithm.imitation_weight is not 0" in sentence_of(*ALONE, rising)

@@ -61,8 +61,8 @@ def test_a_file_with_a_defaults_list_is_passed_to_hydra(tmp_path: Path):
     ("text", "sentence"),
     [
         ("[1, 2]", "must be a mapping of settings"),
-        ("train: {lr: 1", "is no YAML file of settings"),
-        ("\x00", "is no YAML file of settings"),
+        ("train: {lr: 1", "is not a YAML file of settings"),
+        ("\x00", "is not a YAML file of settings"),
         ("[" * 3000, "is nested too deeply; write fewer levels"),
         ("algorithm: grop", "algorithm: grop: no such choice; did you mean grpo?"),
         (
@@ -92,8 +92,8 @@ def test_a_saved_config_loads_to_the_same_settings(tmp_path: Path):
     [
         ("model: {path: '${oc.env:HOME}'}", "model.path: holds a reference ${...}"),
         ("data: {options: {a: ['x${oc.env:HOME}']}}", "data.options.a: holds a reference"),
-        ("hydra: {searchpath: ['file:///tmp']}", "hydra is no setting"),
-        ("defaults: [quickstart]", "defaults is no setting"),
+        ("hydra: {searchpath: ['file:///tmp']}", "hydra is not a setting"),
+        ("defaults: [quickstart]", "defaults is not a setting"),
     ],
 )
 def test_a_saved_config_is_data_and_cannot_configure_hydra(
@@ -195,7 +195,7 @@ def test_a_dry_run_of_a_wrong_setting_prints_its_sentence_and_returns_2(
     sentence = "hybridrl: train.stepz=3: no such setting; did you mean train.steps?\n"
     assert capsys.readouterr().err == sentence
     assert main(["train", *QUICKSTART, "checkpoint.best=reward/men", "--dry-run"]) == 2
-    assert "no step has such a metric" in capsys.readouterr().err
+    assert "there is no such metric" in capsys.readouterr().err
     assert main(["train", "--config"]) == main(["train", "--config=a", "--config=b"]) == 2
 
 

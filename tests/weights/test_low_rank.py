@@ -166,7 +166,7 @@ def test_adapters_exported_by_themselves_make_the_student_of_the_model_in_peft(t
     conversation = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(conversation, tokenize=False) == "hi"
     other = tiny_settings(tmp_path, f"model.path={source}", "lora.rank=3")
-    with pytest.raises(CheckpointError, match=r"lora_A\.weight in the shape \[3, .*lora\.rank=3"):
+    with pytest.raises(CheckpointError, match=r"lora_A\.weight of shape \[3, .*lora\.rank=3"):
         export_adapters(state, other, "float32", folder)
     with pytest.raises(ConfigError, match=r"^--adapter: the run trained all weights"):
         export_adapters(state, tiny_settings(tmp_path), "float32", folder)

@@ -163,7 +163,7 @@ def interrupt(ground: Ground, wanted: list[str]) -> dict[str, Finding]:
             run.until(STEP)
             family = run.family()
             at = kill(run.process.pid, signal.SIGINT)
-            run.until("once more ends it at once", 60)
+            run.until("press Ctrl-C again to end it at once", 60)
             kill(run.process.pid, signal.SIGINT)
             status = run.ended(60)
             took = time.time() - at
