@@ -97,7 +97,7 @@ class HubUpload:
             )
         if not (self.api.token or get_token()):
             raise ConfigError(
-                f"--push {self.repo}: there is no token of the hub; set HF_TOKEN to one that may "
+                f"--push {self.repo}: no token for the hub was found; set HF_TOKEN to one that may "
                 "write, or call 'hf auth login'"
             )
         with self._hub_errors("checking the token"):

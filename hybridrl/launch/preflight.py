@@ -203,7 +203,7 @@ def check_attention(settings: RunSettings, device: str) -> None:
     for setting, dtype in dtypes.items():
         if dtype == "float32":
             raise ConfigError(
-                f"{setting}=float32: model.attention=flash_attention_2 computes in bfloat16 alone; "
+                f"{setting}=float32: model.attention=flash_attention_2 computes only in bfloat16; "
                 "set it to bfloat16, or model.attention=sdpa"
             )
 

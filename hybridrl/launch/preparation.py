@@ -163,6 +163,6 @@ def check_responses(settings: RunSettings, problems: Sequence[Problem]) -> None:
         if len(problem.responses) != needed:
             raise ConfigError(
                 f"algorithm.data_fraction={settings.algorithm.data_fraction}: needs {what} for "
-                f"each prompt, {problem.row} brings {len(problem.responses)}; give data that "
-                f"does, or on countdown +data.options.responses={option}"
+                f"each prompt, but {problem.row} has {len(problem.responses)}; give data that has "
+                f"them, or on countdown +data.options.responses={option}"
             )

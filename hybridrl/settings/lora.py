@@ -47,7 +47,7 @@ class LoraConfig:
         most = ENGINE_RANKS[-1]
         if self.travels_alone and self.rank > most:
             raise ConfigError(
-                f"lora.sync=adapter: vLLM's engines take adapters of a rank of {most} at most, and "
+                f"lora.sync=adapter: vLLM's engines accept adapters up to rank {most}, but "
                 f"lora.rank={self.rank}; lower it, or set lora.sync=merged"
             )
 

@@ -162,7 +162,7 @@ def test_a_missing_or_wrong_token_offline_mode_and_a_dead_network_are_each_one_s
     assert "refused with status 401" in error and "the token is not valid" in error
     assert "hf_wrong0123456789" not in error
     monkeypatch.delenv("HF_TOKEN")
-    assert "there is no token of the hub; set HF_TOKEN" in refused(2)
+    assert "no token for the hub was found; set HF_TOKEN" in refused(2)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it" in refused(2)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

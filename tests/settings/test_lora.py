@@ -43,7 +43,7 @@ def test_the_product_of_adapters_is_scaled_by_alpha_over_the_rank(
         (["lora.sync=adapter"], r"^lora\.sync=adapter: has no effect without adapters; set lora\."),
         (
             ["lora.rank=513", "lora.sync=adapter"],
-            r"^lora\.sync=adapter: vLLM's engines take adapters of a rank of 512 at most, and "
+            r"^lora\.sync=adapter: vLLM's engines accept adapters up to rank 512, but "
             r"lora\.rank=513; lower it, or set lora\.sync=merged$",
         ),
     ],
