@@ -416,7 +416,7 @@ def test_a_link_or_a_special_file_in_place_of_a_file_of_the_run_is_refused(
     (tmp_path / "samples").mkdir()
     (tmp_path / name).unlink(missing_ok=True)
     special(tmp_path / name)
-    with pytest.raises(RunDirectoryError, match=rf"{name}: (a link|not a file)"):
+    with pytest.raises(RunDirectoryError, match=rf"{name}: is (a link|not a file)"):
         write_report(tmp_path)
 
 

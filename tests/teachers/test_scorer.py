@@ -324,5 +324,5 @@ def test_a_pickle_in_place_of_what_a_scorer_remembers_is_refused(folder: Path, t
     (tmp_path / "scorer-main-00000-of-00001.safetensors").write_bytes(
         b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x02os"
     )
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a readable safetensors file"):
         scorer(folder).load_state(str(tmp_path), 0, 1)
