@@ -58,7 +58,7 @@ from reproduction.records import FOLDER, Records
 from reproduction.running import OverBudget, SmallRun, expected_s, run_missing, small_runs
 from reproduction.task import COUNTDOWN
 
-from hybridrl.core.errors import DataError, Preempted
+from hybridrl.core.errors import DataError, PlacementError, Preempted
 from hybridrl.models import tiny
 from hybridrl.models.loading import load_model, load_tokenizer
 from hybridrl.oracle.mdp import make_mdp
@@ -187,14 +187,16 @@ def test_the_variance_is_judged_by_the_interval_of_the_reduction(reductions, ver
     assert variance.EXPERIMENT.judge(runs).verdict is verdict
 
 
-def counting(counter: count, folder: Path, *, fails: bool = False) -> Records:
-    """An experiment with one arm and two seeds, whose result is the number of earlier
-    measurements.
+def counting(counter: count, folder: Path, *, failure: Exception | None = None) -> Records:
+    """An experiment with one arm and two seeds, whose measurements are counted.
+
+    Args:
+        failure: raised by the measurement of seed 1; None: it succeeds too.
     """
 
     def measure(settings, seed, lab):
-        if seed == 1 and fails:
-            raise ArithmeticError("it diverged")
+        if seed == 1 and failure is not None:
+            raise failure
         next(counter)
         return {"value": float(seed)}
 
@@ -230,7 +232,7 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 
 
 def test_a_run_that_failed_has_a_line_and_is_run_again_on_request_alone(tmp_path):
-    records = counting(count(), tmp_path, fails=True)
+    records = counting(count(), tmp_path, failure=ArithmeticError("it diverged"))
     assert run_missing(records, LAB) == 1
     assert [run.error for run in records.read()] == ["", "ArithmeticError: it diverged"]
     assert judgement(records.experiment, records.latest()) is None
@@ -238,6 +240,16 @@ def test_a_run_that_failed_has_a_line_and_is_run_again_on_request_alone(tmp_path
     assert run_missing(records, LAB) == 0
     assert run_missing(records, LAB, retry=True) == 1
     assert len(records.read()) == 3
+
+
+def test_a_run_whose_workers_could_not_start_has_no_line_and_is_run_again(tmp_path, capsys):
+    records = counting(count(), tmp_path, failure=PlacementError("no Ray could be started"))
+    assert run_missing(records, LAB) == 1
+    assert [run.seed for run in records.read()] == [0]
+    assert "seed 1: could not start" in capsys.readouterr().out
+    records = counting(count(), tmp_path)
+    assert run_missing(records, LAB) == 0
+    assert [run.seed for run in records.read()] == [0, 1]
 
 
 def test_a_run_is_missing_once_the_code_computes_something_else(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from benchmarks.machine import commit, processor
 
-from hybridrl.core.errors import HybridRLError, Preempted
+from hybridrl.core.errors import HybridRLError, PlacementError, Preempted
 from reproduction.experiment import Experiment, Run, digest, hashed
 from reproduction.lab import Cost, Lab
 from reproduction.page import write_page
@@ -56,6 +56,8 @@ def run_missing(
 ) -> int:
     """Run what has no line yet, and write page and picture; returns how many runs failed.
 
+    A run whose workers could not start says nothing about its arm and gets no line.
+
     Args:
         retry: also run again what failed.
         over_budget: run although it takes longer than the experiment's budget.
@@ -94,6 +96,14 @@ def run_missing(
         except Preempted:
             write_page(records)
             raise
+        except PlacementError as problem:
+            failures += 1
+            print(
+                f"{experiment.id} {name}, seed {seed}: could not start, so it has no line and the "
+                f"next call tries again: {problem}",
+                flush=True,
+            )
+            continue
         except (HybridRLError, ArithmeticError, ValueError, RuntimeError) as problem:
             error = f"{type(problem).__name__}: {problem}"
             failures += 1
