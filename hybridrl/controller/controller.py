@@ -9,8 +9,6 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-import numpy as np
-
 from hybridrl.controller.coefficients import Coefficients
 from hybridrl.controller.engine_probe import EngineProbe
 from hybridrl.controller.evaluator import Evaluator
@@ -25,8 +23,10 @@ from hybridrl.controller.global_batch import (
 from hybridrl.controller.held_out_set import HeldOutSet
 from hybridrl.controller.logprob_gap import check_logprob_gap
 from hybridrl.controller.metrics import StepRecord, step_row
+from hybridrl.controller.part_states import check_complete, load_parts
 from hybridrl.controller.pipeline import Pipeline, wave_seed
 from hybridrl.controller.preemption import Preemption
+from hybridrl.controller.reward_errors import check_reward_errors
 from hybridrl.controller.rounding import rounding_warning
 from hybridrl.controller.sampling import Arrived, Sampling, first_groups
 from hybridrl.controller.saving import Saving
@@ -36,9 +36,7 @@ from hybridrl.controller.worker_reports import work_of
 from hybridrl.core import failpoints
 from hybridrl.core.errors import (
     CheckpointError,
-    DataError,
     Preempted,
-    RewardError,
     RunDirectoryError,
     RunDirectoryTaken,
     SkippedStep,
@@ -66,7 +64,6 @@ from hybridrl.types import (
     BatchPlan,
     LearnerStats,
     Prompt,
-    Rewards,
     ScoreHeader,
     UpdatePlan,
 )
@@ -352,7 +349,12 @@ class Controller:
                 arrived_now = self.sampling.arrived(drawn, headers, step)
                 returning += self.sampling.stale_prompts(arrived_now, step)
                 arrived += arrived_now
-                self._check_reward_errors([a.rewards for a in arrived])
+                check_reward_errors(
+                    [a.rewards for a in arrived],
+                    settings.reward.max_error_rate,
+                    step=step,
+                    learned_from=self.learns_from_rewards,
+                )
             if sum(len(a.groups) for a in arrived) >= enough:
                 break
         failpoints.hit("controller.sampled", step=step)
@@ -470,18 +472,6 @@ class Controller:
             with self.clock.phase("turn"):
                 self.workers.enter(phase)
 
-    def _check_reward_errors(self, rewards: Sequence[Rewards]) -> None:
-        judged = [r.errors for r in rewards if r.part_names]  # without those of data: only ranks
-        if not judged or not self.learns_from_rewards:  # rewards that are only reported may fail
-            return
-        rate = float(np.concatenate(judged).mean())
-        limit = self.settings.reward.max_error_rate
-        if rate > limit:
-            raise RewardError(
-                f"step {self.steps_done}: {rate:.1%} of the reward calls failed, "
-                f"reward.max_error_rate is {limit:.1%}; see logs/reward-*.log"
-            )
-
     def _warn_of_rounding(self, stats: LearnerStats) -> None:
         """Log the warning of rounding_warning, at most once in a session."""
         if self.warned_of_rounding:
@@ -576,27 +566,14 @@ class Controller:
                 or the workers cannot load their state.
             DataError: the state belongs to other prompts.
         """
-        if missing := self.stateful.keys() - state.parts.keys():
-            raise CheckpointError(
-                f"{folder}: has no state of {', '.join(sorted(missing))}, so another version of "
-                "hybridrl wrote it; continue it with that version"
-            )
+        check_complete(state.parts, self.stateful, folder)
         self._enter(Phase.learn)
         self.learner.load_state(folder, state.optimizer_steps)
         for scorer in self.workers.scorers:
             teacher = scorer.teacher
             if of_teacher(state.inputs, teacher) == of_teacher(self.inputs, teacher):
                 scorer.load_state(folder)
-        for name, part in self.stateful.items():
-            try:
-                part.load_state_dict(state.parts[name])
-            except DataError:  # the state belongs to other prompts, as its message says
-                raise
-            except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
-                raise CheckpointError(
-                    f"{folder}: its state of {name} does not have the form that this version of "
-                    f"hybridrl writes ({error!r}); continue it with the version that wrote it"
-                ) from error
+        load_parts(state.parts, self.stateful, folder)
         self.steps_done = state.step
         self.optimizer_steps = state.optimizer_steps
         self.saving.saved_step = state.step

@@ -29,8 +29,8 @@ from hybridrl.report.run_report import (
     summarize,
     with_error,
 )
-from hybridrl.run_dir.directory import FREE, flat, within
 from hybridrl.run_dir.inputs import SETS
+from hybridrl.run_dir.setting_changes import FREE, flat, within
 from hybridrl.settings.compose import saved_tree, to_yaml
 from hybridrl.settings.models import TeacherConfig
 from hybridrl.settings.rewards import RewardFunctionConfig

@@ -13,10 +13,10 @@ import pytest
 import ray
 
 from hybridrl.controller.coefficients import Coefficients
-from hybridrl.controller.controller import Controller
 from hybridrl.controller.evaluator import Evaluator
 from hybridrl.controller.pipeline import Pipeline
 from hybridrl.controller.preemption import Preemption
+from hybridrl.controller.reward_errors import check_reward_errors
 from hybridrl.controller.sampling import Arrived, PendingChunk, Sampling, first_groups
 from hybridrl.core.errors import (
     DataError,
@@ -182,13 +182,10 @@ def test_more_failed_rewards_than_reward_max_error_rate_end_a_run_that_learns_fr
     batch = make_batch([((1,), [(2,), (2,)])])
     rewards = [make_rewards(batch, values[:2]), make_rewards(batch, values[2:])]
     ranks = Replay().rank(make_batch([((1,), [(2,)] * 8)]))
-    run = SimpleNamespace(
-        learns_from_rewards=learns, settings=settings("reward.max_error_rate=0.25"), steps_done=7
-    )
     message = r"^step 7: 50\.0% of the reward calls failed, reward\.max_error_rate is 25\.0%; see"
     with pytest.raises(RewardError, match=message) if refused else nullcontext():
-        Controller._check_reward_errors(run, [*rewards, ranks])
-    Controller._check_reward_errors(run, [ranks])
+        check_reward_errors([*rewards, ranks], 0.25, step=7, learned_from=learns)
+    check_reward_errors([ranks], 0.25, step=7, learned_from=learns)
 
 
 def test_more_prompts_are_drawn_than_a_step_takes_when_oversampling():

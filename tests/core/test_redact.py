@@ -33,7 +33,7 @@ from hybridrl.rewards.child import RewardCall
 from hybridrl.rewards.load import BUILT_IN
 from hybridrl.rewards.pool import RewardPool
 from hybridrl.rewards.signature import signature_of
-from hybridrl.run_dir.directory import changes
+from hybridrl.run_dir.setting_changes import changes
 from hybridrl.runtime.ray_connection import private_token
 from hybridrl.runtime.worker_env import worker_env
 from hybridrl.settings.compose import check_secrets, from_yaml, known_keys, load_config, to_yaml

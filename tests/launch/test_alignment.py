@@ -15,8 +15,8 @@ from hybridrl.launch.alignment import alignment
 from hybridrl.launch.preparation import prepare_prompts
 from hybridrl.launch.teacher_levels import conditions_of
 from hybridrl.models.loading import load_model, load_tokenizer, stop_token_ids
-from hybridrl.run_dir.directory import changes
 from hybridrl.run_dir.inputs import digests
+from hybridrl.run_dir.setting_changes import changes
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
 from hybridrl.types import Prompt

@@ -24,7 +24,7 @@ from hybridrl.planning.plan import make_plan
 from hybridrl.rollout.engine import engine_args
 from hybridrl.rollout.engine_arguments import ArgumentRules, check_engine_arguments
 from hybridrl.rollout.engine_scorer import EngineScorer, scoring_engine_args
-from hybridrl.run_dir.directory import changes
+from hybridrl.run_dir.setting_changes import changes
 from hybridrl.runtime.actor_group import Slot
 from hybridrl.runtime.scorer_group import scoring
 from hybridrl.runtime.workers import teams

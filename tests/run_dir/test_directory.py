@@ -37,17 +37,15 @@ from hybridrl.run_dir import contents
 from hybridrl.run_dir.checkpoint import Checkpointer, RunState, SettingsFile
 from hybridrl.run_dir.contents import CACHED_FROM, digest
 from hybridrl.run_dir.directory import (
-    FREE,
-    changes,
     check_inputs,
     describe_directory,
     earlier_settings,
     find_checkpoint,
-    flat,
     read_settings,
     run_directory,
 )
 from hybridrl.run_dir.inputs import digests, pinned
+from hybridrl.run_dir.setting_changes import FREE, changes, flat
 from hybridrl.settings.choices import Products, Resume
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.rewards import RewardFunctionConfig
@@ -723,7 +721,7 @@ def test_a_teacher_with_a_shorter_head_is_refused_before_anything_starts(tmp_pat
         "has 24, "
     ) and "\n" not in str(caught.value)
     assert len(prepare(long)) == len(prepare(student)) == 4, "rows that only pad do no harm"
-    assert len(prepare(short, "algorithm=rloo")) == 4, "nobody asks it"
+    assert len(prepare(short, "algorithm=rloo")) == 4, "rloo does not use the teacher"
 
 
 def test_pure_reinforcement_learning_does_not_look_at_its_teachers(tmp_path: Path):

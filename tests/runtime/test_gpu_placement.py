@@ -1,4 +1,4 @@
-"""Placement on GPUs by a real Ray that is told to have four GPUs, on a machine without any."""
+"""Placement on GPUs by a real Ray that is configured with four GPUs, on a machine without any."""
 
 from collections.abc import Iterator
 from dataclasses import replace

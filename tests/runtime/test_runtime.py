@@ -236,7 +236,8 @@ def test_cuda_is_refused_without_a_gpu_or_with_a_torch_for_cpus(
 
 def test_an_address_without_a_ray_cluster_ends_at_once_in_one_sentence():
     with socket.socket() as closed:
-        # It is bound but not listening, so no other process can take the port, and nobody answers.
+        # The socket is bound but not listening: no other process can take the port, and connections
+        # to it are refused.
         closed.bind(("127.0.0.1", 0))
         for address in (f"127.0.0.1:{closed.getsockname()[1]}", "nonsense"):
             sentence = rf"cluster\.address={address}: no Ray cluster there \(.+\); give .*RAY_AUTH_"

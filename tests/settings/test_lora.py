@@ -3,7 +3,7 @@
 import pytest
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.run_dir.directory import changes
+from hybridrl.run_dir.setting_changes import changes
 from hybridrl.settings.choices import WeightTransfer
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings

@@ -81,7 +81,7 @@ def test_hidden_states_times_the_head_are_the_teachers_logits(folder: Path):
     logq = torch.log_softmax(torch.from_numpy(scores.rows) @ one.head.detach().T, -1)
     assert torch.allclose(logq, expected(folder, batch), atol=1e-5)
     assert not scores.logprobs.any() and scores.support_ids.shape == (11, 0), (
-        "nobody asked for them"
+        "they were not requested"
     )
     assert header.nbytes == {
         "teacher_hidden": scores.rows.nbytes,

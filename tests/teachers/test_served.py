@@ -15,7 +15,7 @@ from hybridrl.launch.session import run_info
 from hybridrl.models.loading import head_rows
 from hybridrl.models.tiny import tiny_tokenizer
 from hybridrl.planning.plan import make_plan, plan_lines
-from hybridrl.run_dir.directory import changes
+from hybridrl.run_dir.setting_changes import changes
 from hybridrl.runtime.scorer_group import scoring
 from hybridrl.runtime.workers import teams
 from hybridrl.settings.choices import Source
