@@ -17,6 +17,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import resource
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -67,6 +68,9 @@ def run(line: Connection, work: Connection, calls: Mapping[str, RewardCall]) -> 
     for call in calls.values():
         redact.remember(redact.secrets_in(call.options, "options"))
     start_guard(line)
+    # Spawning made it inheritable. A program that a function starts must not hold it open, because
+    # the owner notices the end of this process by its end.
+    os.set_inheritable(work.fileno(), False)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     redact.drop_variables()
     functions = {name: _loaded(name, call) for name, call in calls.items()}

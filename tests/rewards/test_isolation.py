@@ -44,6 +44,11 @@ def starts(completions, mark, how):
         os._exit(0)
     return [1.0]
 
+def open_sockets(completions):
+    inherited = "cd /proc/self/fd; for f in *; do readlink $f; done | grep -c socket:"
+    shell = subprocess.Popen(inherited, shell=True, close_fds=False, stdout=subprocess.PIPE)
+    return [int(shell.communicate()[0])] * len(completions)
+
 def exit_zero(completions):
     if "x" in completions:
         os._exit(0)
@@ -160,7 +165,8 @@ def test_sessions_orphans_and_a_chain_of_forks_end_with_the_call_or_with_the_poo
     if group == "process by process":
         monkeypatch.setenv(guard.NO_CONTROL_GROUP, "1")  # the guard, a process, inherits it
     mark = f"{os.getpid()}-{how}-{group}"
-    pool = open_pool(user_file, "starts", timeout_s=2.0)
+    # The chain of forks takes a whole core, so a call that ends by itself gets a long time limit.
+    pool = open_pool(user_file, "starts", timeout_s=2.0 if how == "hangs" else 60.0)
     try:
         (outcome,) = pool.call("starts", {"completions": ["a"], "mark": [mark], "how": [how]})
         if how == "answers":
@@ -174,6 +180,16 @@ def test_sessions_orphans_and_a_chain_of_forks_end_with_the_call_or_with_the_poo
     finally:
         pool.close()
     assert remaining(mark) == []
+
+
+def test_a_program_that_a_function_starts_inherits_no_connection_of_the_pool(
+    user_file: Path,
+) -> None:
+    pool = open_pool(user_file, "open_sockets")
+    try:
+        assert pool.call("open_sockets", {"completions": ["a"]}) == [0.0]
+    finally:
+        pool.close()
 
 
 OWNER = """
