@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from benchmarks import start, watched
+from benchmarks import machine, start, watched
 from benchmarks.__main__ import main
 from benchmarks.stage import settings_of
 
@@ -212,3 +213,25 @@ def test_a_command_that_takes_too_long_ends_with_its_children_though_they_ignore
         watched.run(["sh", "-c", script], limit_s=1)
     child = int((tmp_path / "child").read_text())
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
+
+
+def test_a_commit_is_marked_as_changed_by_code_and_not_by_what_the_tools_wrote(tmp_path):
+    def git(*arguments):
+        author = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", tmp_path, *author, *arguments], check=True)
+
+    results = tmp_path / "tools" / "experiments" / "runs.jsonl"
+    results.parent.mkdir(parents=True)
+    code = tmp_path / "code.py"
+    for path in (results, code):
+        path.write_text("1\n")
+    assert machine.commit(tmp_path) == "unknown"
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "first")
+    clean = machine.commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    results.write_text("2\n")
+    assert machine.commit(tmp_path) == clean
+    code.write_text("2\n")
+    assert machine.commit(tmp_path) == f"{clean}+"

@@ -15,6 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from reproduction import (
+    __main__ as program,
+)
+from reproduction import (
     bottleneck,
     chain_models,
     chain_runs,
@@ -44,7 +47,6 @@ from reproduction import (
     support_trained,
     variance,
 )
-from reproduction.__main__ import main
 from reproduction.catalogue import EXPERIMENTS
 from reproduction.estimate import estimate
 from reproduction.examination import examine
@@ -284,6 +286,40 @@ def test_seeds_of_different_code_are_not_judged_together(tmp_path):
     assert "Failed runs" not in page(records)
 
 
+def test_arms_of_different_code_are_not_judged_together(tmp_path):
+    """Both arms were run by the code "a"; then the code changed to "b", and a signal stopped the
+    tool after the first arm.
+    """
+    records = counting(count(), tmp_path)
+    (arm,) = records.experiment.arms
+    other = replace(arm, name="other", settings={"x": 2.0})
+    records.experiment = replace(records.experiment, arms=(arm, other), seeds=(0,))
+    for of in (arm, other):
+        records.append(replace(run_of(of, 0, value=1.0), key=of.key(0, "a"), digest="a"))
+    unchanged = {"only": "a", "other": "a"}
+    records.note_code(unchanged)
+    assert len(records.path.read_text().splitlines()) == 2
+    records.note_code({"only": "b", "other": "b"})
+    assert records.latest() == {}
+    records.append(replace(run_of(arm, 0, value=2.0), key=arm.key(0, "b"), digest="b"))
+    assert list(records.latest()) == ["only"]
+    assert judgement(records.experiment, records.latest()) is None
+    records.note_code({"only": "b", "other": "a"})  # only the first arm computes something else
+    assert judgement(records.experiment, records.latest())
+
+
+def test_runs_count_again_once_a_change_of_the_code_is_reverted(tmp_path):
+    """The first seed was run again by other code."""
+    records = counting(count(), tmp_path)
+    (arm,) = records.experiment.arms
+    for seed, code in ((0, "a"), (1, "a"), (0, "b")):
+        made = run_of(arm, seed, value=1.0)
+        records.append(replace(made, key=arm.key(seed, code), digest=code))
+    assert records.missing({"only": "a"}, failed=False) == []
+    records.note_code({"only": "a"})
+    assert [(run.seed, run.digest) for run in records.latest()["only"]] == [(0, "a"), (1, "a")]
+
+
 def test_lines_without_a_digest_count_where_their_key_is_of_the_newest_code(tmp_path):
     records = counting(count(), tmp_path)
     (arm,) = records.experiment.arms
@@ -443,8 +479,36 @@ def test_a_damaged_line_is_named(tmp_path):
         records.read()
 
 
+def test_an_experiment_that_cannot_be_run_does_not_keep_the_next_from_it(
+    tmp_path, capsys, monkeypatch
+):
+    """T1 would take 330 s, more than its budget, and the workers of T2 cannot start."""
+
+    def slow(settings, seed, lab):
+        lab.cost = Cost(around_s=300.0, step_s=1.0)
+        return {"value": 1.0}
+
+    def unplaced(settings, seed, lab):
+        raise PlacementError("no Ray could be started")
+
+    monkeypatch.setattr(program, "write_summary", lambda: None)
+    monkeypatch.setattr(program, "Records", lambda experiment: Records(experiment, tmp_path))
+    whole = counting(count(), tmp_path).experiment
+    arm = replace(whole.arms[0], settings={"train.steps": 30}, small={"train.steps": 5})
+    experiments = [
+        replace(whole, id="T1", arms=(replace(arm, measure=slow),), seeds=(0,), budget_s=329.0),
+        replace(whole, id="T2", arms=(replace(arm, measure=unplaced),)),
+        replace(whole, id="T3"),
+    ]
+    assert program.run(experiments, LAB, retry=False, over_budget=False) == 2
+    printed = capsys.readouterr().out
+    assert "T1 was not run: its runs would take about 6 min, its budget is 5 min" in printed
+    assert "T2 was not run: no Ray could be started" in printed
+    assert "T3      2 of 2    runs  confirmed" in printed
+
+
 def test_an_unknown_experiment_is_refused_with_the_names_of_all(capsys):
-    assert main(["E99"]) == 2
+    assert program.main(["E99"]) == 2
     assert "E99 is no experiment; write some of E1, E2, E2L, E3" in capsys.readouterr().out
 
 
@@ -558,7 +622,7 @@ def test_runs_that_would_take_longer_than_the_budget_are_refused(tmp_path):
         measure=measure,
     )
     records.experiment = replace(records.experiment, arms=(arm,), budget_s=120.0)
-    with pytest.raises(OverBudget, match=r"T1: its runs would take about 2 min, its budget is 2 m"):
+    with pytest.raises(OverBudget, match=r"^its runs would take about 2 min, its budget is 2 m"):
         run_missing(records, LAB)
     assert records.read() == []
     assert run_missing(records, LAB, over_budget=True) == 0

@@ -6,6 +6,10 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ("tools/benchmarks/results", "tools/chaos_faults/results", "tools/experiments")
+"""Folders into which the tools write what they measured."""
+
 PACKAGES = (
     "torch",
     "triton",
@@ -51,18 +55,15 @@ def memory_gib() -> int:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
 
 
-def commit() -> str:
-    """The short hash of HEAD, followed by + if tracked files were changed; "unknown" outside of a
-    checkout.
+def commit(root: Path = ROOT) -> str:
+    """The short hash of HEAD, followed by + if tracked files outside of RESULTS were changed;
+    "unknown" outside of a checkout.
     """
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty=+",
-        "--exclude=*",
-    ]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    git = ["git", "-C", str(root)]
+    describe = [*git, "describe", "--always", "--exclude=*"]
+    described = subprocess.run(describe, capture_output=True, text=True, check=False)
+    if described.returncode != 0:
+        return "unknown"
+    outside = [f":(exclude){folder}" for folder in RESULTS]
+    compared = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *outside], check=False)
+    return described.stdout.strip() + "+" * compared.returncode

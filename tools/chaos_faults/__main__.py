@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     ground = Ground(options.work)
     failed = False
     done = []
-    made = Made(machine=f"{os.cpu_count()} cores of {machine.processor()}", commit=commit())
+    made = Made(machine=f"{os.cpu_count()} cores of {machine.processor()}", commit=machine.commit())
     began = time.monotonic()
     for do, ids in grouped([key for key in fault_of if key in (options.ids or fault_of)]):
         started = time.monotonic()
@@ -131,23 +131,6 @@ def tests(selection: str) -> Finding:
     )
     last = (done.stdout.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     return Finding(passed=done.returncode == 0, outcome=f"tests: {last.strip('= ')}")
-
-
-def commit() -> str:
-    """The short hash of HEAD, followed by + if tracked files outside of results/ were changed."""
-    git = [
-        "git",
-        "-C",
-        str(ROOT),
-        "diff",
-        "--quiet",
-        "HEAD",
-        "--",
-        ".",
-        ":!tools/chaos_faults/results",
-    ]
-    differs = subprocess.run(git, check=False).returncode == 1
-    return machine.commit().rstrip("+") + ("+" if differs else "")
 
 
 if __name__ == "__main__":

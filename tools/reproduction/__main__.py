@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hybridrl.core.errors import Preempted
+from hybridrl.core.errors import HybridRLError, Preempted
 from reproduction.catalogue import EXPERIMENTS
 from reproduction.experiment import Experiment, hashed
 from reproduction.lab import Lab
@@ -38,17 +38,29 @@ def main(arguments: Sequence[str]) -> int:
     )
     given = parser.parse_args(arguments)
     known = {experiment.id: experiment for experiment in EXPERIMENTS}
+    wrong = [name for name in given.ids if name != "all" and name not in known]
+    if not given.list and (wrong or not given.ids):
+        named = f"{wrong[0]} is no experiment" if wrong else "no experiment is named"
+        print(f"tools/reproduce: {named}; write some of {', '.join(known)}, or all")
+        return 2
+    try:
+        return perform([e for e in EXPERIMENTS if "all" in given.ids or e.id in given.ids], given)
+    except HybridRLError as problem:  # e.g. a damaged line of an experiment
+        print(f"tools/reproduce: {problem}")
+        return 2
+
+
+def perform(chosen: Sequence[Experiment], given: argparse.Namespace) -> int:
+    """Do what the options say; returns the exit code.
+
+    Raises:
+        HybridRLError: a line of runs.jsonl is damaged, or a small run of --smoke failed.
+    """
     if given.list:
         for experiment in EXPERIMENTS:
             print(state(Records(experiment)))
         return 0
-    wrong = [name for name in given.ids if name != "all" and name not in known]
-    if wrong or not given.ids:
-        named = f"{wrong[0]} is no experiment" if wrong else "no experiment is named"
-        print(f"tools/reproduce: {named}; write some of {', '.join(known)}, or all")
-        return 2
     torch.set_num_threads(1)  # the tables are small, and threads would mostly wait for each other
-    chosen = [e for e in EXPERIMENTS if "all" in given.ids or e.id in given.ids]
     if given.pages:
         for experiment in chosen:
             write_page(Records(experiment))
@@ -63,22 +75,28 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(chosen: Sequence[Experiment], lab: Lab, *, retry: bool, over_budget: bool) -> int:
-    """Run what is missing; returns the exit code: 75 where a signal stopped it."""
-    failures = 0
-    try:
-        for experiment in chosen:
-            records = Records(experiment)
-            failures += run_missing(records, lab, retry=retry, over_budget=over_budget)
+    """Run what is missing; an experiment that cannot be run does not keep the others from it.
+
+    Returns:
+        The exit code: 75 if a signal stopped a run, else 2 if an experiment could not be run, else
+        1 if a run failed.
+    """
+    codes = {0}
+    for experiment in chosen:
+        records = Records(experiment)
+        try:
+            failures = run_missing(records, lab, retry=retry, over_budget=over_budget)
+            codes.add(int(failures > 0))
             print(state(records), flush=True)
-    except OverBudget as refusal:
-        print(f"tools/reproduce: {refusal}")
-        return 2
-    except Preempted as stopped:
-        print(f"tools/reproduce: {stopped}")
-        return os.EX_TEMPFAIL
-    finally:
-        write_summary()
-    return int(failures > 0)
+        except Preempted as stopped:
+            print(f"tools/reproduce: {stopped}", flush=True)
+            codes.add(os.EX_TEMPFAIL)
+            break
+        except (OverBudget, HybridRLError) as problem:
+            print(f"tools/reproduce: {experiment.id} was not run: {problem}", flush=True)
+            codes.add(2)
+    write_summary()
+    return max(codes)
 
 
 def write_summary() -> None:

@@ -51,6 +51,15 @@ class Run:
     digest: str = ""  # of the arm's small run; "" in lines from before there was this field
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Code:
+    """A line of runs.jsonl without a run: which code the tool found in a later call, so that runs
+    of other code do not count from here on.
+    """
+
+    digests: Mapping[str, str]  # of the small run of each arm, by the arm's name
+
+
 Runs: TypeAlias = Mapping[str, Sequence[Run]]
 """The finished runs of each arm, in the order of the seeds; those that failed are left out."""
 

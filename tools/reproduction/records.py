@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hybridrl.core.errors import DataError
-from reproduction.experiment import Arm, Experiment, Run, Runs
+from reproduction.experiment import Arm, Code, Experiment, Run, Runs
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 
@@ -20,27 +20,47 @@ class Records:
         self.path = self.folder / "runs.jsonl"
 
     def read(self) -> list[Run]:
-        """All lines, oldest first.
+        """All runs, oldest first.
 
         Raises:
             DataError: a line is damaged; names it.
         """
-        if not self.path.exists():
-            return []
-        runs = []
-        for number, line in enumerate(self.path.read_text().splitlines(), start=1):
-            try:
-                runs.append(Run(**json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{self.path}, line {number}: {error}; remove the line") from error
-        return runs
+        return [line for line in self._lines() if isinstance(line, Run)]
 
-    def append(self, run: Run) -> None:
+    def append(self, line: Run | Code) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         before = self.path.read_text() if self.path.exists() else ""
         torn = bool(before) and not before.endswith("\n")  # by a crash
         with self.path.open("a") as file:
-            file.write("\n" * torn + json.dumps(asdict(run)) + "\n")
+            file.write("\n" * torn + json.dumps(asdict(line)) + "\n")
+
+    def of_code(self, digests: Mapping[str, str]) -> Runs:
+        """The newest line of each arm and seed that did not fail, by the settings of today and by
+        the code of these digests.
+
+        An arm of which no run is finished is absent.
+
+        Args:
+            digests: of the small run of each arm, by the arm's name; "": any code.
+        """
+        newest: dict[tuple[str, int], Run] = {}
+        arms = {arm.name: arm for arm in self.experiment.arms}
+        for run in self.read():
+            arm = arms.get(run.arm)
+            if arm is not None and not run.error and _is_of(run, arm, digests[arm.name]):
+                newest[run.arm, run.seed] = run
+        found: dict[str, Sequence[Run]] = {}
+        for arm in self.experiment.arms:
+            seeds = [seed for seed in self.experiment.seeds if (arm.name, seed) in newest]
+            if seeds:
+                found[arm.name] = [newest[arm.name, seed] for seed in seeds]
+        return found
+
+    def latest(self) -> Runs:
+        """Those that count: of the code of each arm's newest line, be it a run or a Code. Runs of
+        different code are not mixed.
+        """
+        return self.of_code(self._digests())
 
     def missing(self, digests: Mapping[str, str], *, failed: bool) -> list[tuple[str, int]]:
         """Arm and seed of each run that has no line yet. Those of an arm follow each other, so that
@@ -58,29 +78,28 @@ class Records:
             if arm.key(seed, digests[arm.name]) not in done
         ]
 
-    def latest(self) -> Runs:
-        """The newest line of each arm and seed that did not fail, by the settings of today and by
-        the code of the arm's newest line: seeds of different code are not mixed.
+    def note_code(self, digests: Mapping[str, str]) -> None:
+        """Make `latest` return the runs of this code; appends a line only if others count now."""
+        if self.of_code(digests) != self.latest():
+            self.append(Code(digests=digests))
 
-        An arm of which no run is finished is absent.
-        """
-        newest: dict[tuple[str, int], Run] = {}
-        digests: dict[str, str] = {}
-        for run in self.read():
-            digests[run.arm] = run.digest
-            if not run.error:
-                newest[run.arm, run.seed] = run
-        found: dict[str, Sequence[Run]] = {}
-        for arm in self.experiment.arms:
-            of_arm = [
-                newest[arm.name, seed]
-                for seed in self.experiment.seeds
-                if (arm.name, seed) in newest
-                and _is_of(newest[arm.name, seed], arm, digests[arm.name])
-            ]
-            if of_arm:
-                found[arm.name] = of_arm
+    def _digests(self) -> Mapping[str, str]:
+        found = {arm.name: "" for arm in self.experiment.arms}
+        for line in self._lines():
+            found |= line.digests if isinstance(line, Code) else {line.arm: line.digest}
         return found
+
+    def _lines(self) -> list[Run | Code]:
+        if not self.path.exists():
+            return []
+        lines: list[Run | Code] = []
+        for number, text in enumerate(self.path.read_text().splitlines(), start=1):
+            try:
+                fields = json.loads(text)
+                lines.append(Code(**fields) if "digests" in fields else Run(**fields))
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{self.path}, line {number}: {error}; remove the line") from error
+        return lines
 
 
 def _is_of(run: Run, arm: Arm, digest: str) -> bool:

@@ -80,10 +80,11 @@ def run_missing(
         )
         if sum(expected) > experiment.budget_s and not over_budget:
             raise OverBudget(
-                f"{experiment.id}: its runs would take about {sum(expected) / 60:.0f} min, its "
+                f"its runs would take about {sum(expected) / 60:.0f} min, its "
                 f"budget is {experiment.budget_s / 60:.0f} min; cut steps or arms in its file, or "
                 "give --over-budget"
             )
+    records.note_code(digests)
     machine = f"{processor()}, {torch.get_num_threads()} thread"
     failures = 0
     spent: list[float] = []
