@@ -75,9 +75,9 @@ EXPERIMENT = Experiment(
     "from 0.5 to 3. Its controls are the constant weight of equal mean, 1.75, and that of equal "
     "end, 3; for comparison 0.5, and the same weights in falling order.",
     rule="Differences of reward and KL are paired by seed, with 95 % intervals. Refuted if the "
-    "gain of reward over one of the two controls lies below 2 points. Else confirmed if both gains "
-    "lie above 0 and the KL is not significantly above that of either control. Otherwise "
-    "undecided.",
+    "interval of the gain of reward over one of the two controls lies below 2 points. Else "
+    "confirmed if both gains lie above 0 and the KL is not significantly above that of either "
+    "control. Otherwise undecided.",
     columns=COLUMNS,
     arms=tuple(arm(name) for name in WEIGHTS),
     seeds=(0, 1, 2, 3, 4),

@@ -122,7 +122,7 @@ EXPERIMENT = Experiment(
     "correction for their number, so it refutes a true claim with a probability of up to about 30 "
     "%. algorithm=opd_full, which computes what lambda=0 does, ends with the same rewards in every "
     "seed (E3T): refuted is that estimating it from drawn tokens ends at the same place. lambda=30 "
-    "is not the limit: by E4 the dense gradient, with a norm of 20 at K=32 against 2.4 of the "
-    "sparse one at lambda=1, is then still more than a quarter of the sparse one. One learning "
-    "rate for all; opd and rloo may want a smaller one.",
+    "is not the limit: by E4 the dense gradient, with a norm of 25 at K=32 against 2.5 of the "
+    "sparse one at lambda=1, is then still about a third of the sparse one. One learning rate for "
+    "all; opd and rloo may want a smaller one.",
 )

@@ -56,7 +56,7 @@ def judge(runs: Runs) -> Judgement:
     changed = ", ".join(f"{loss} {of.text(1, 2)}" for loss, of in ends.items())
     return Judgement(
         verdict=verdict,
-        effect=f"chosen log-prob of a token after {EPOCHS} epochs: {changed}",
+        effect=f"change of the chosen log-prob of a token in {EPOCHS} epochs, nats: {changed}",
         reason="From the first epoch to the last the gap to DPO grows by "
         + ", ".join(f"{of.text(1, 2)} ({dil})" for dil, of in found.items())
         + " nats a token.",

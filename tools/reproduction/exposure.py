@@ -79,11 +79,13 @@ EXPERIMENT = Experiment(
     claim="On-policy distillation gains more over SFT on the teacher's responses where responses "
     "are longer, since SFT never sees what follows an error of the student's own.",
     source="arXiv 2606.30445, the motivation of online imitation (compounding errors)",
-    design=f"The task, the student and the teacher of E5: chains of {SHORT} operations, whose "
+    design=f"The task of E5: chains of {SHORT} operations, whose "
     f"responses have {4 * SHORT + 2} tokens, and of {LONG}, with {4 * LONG + 2}. {STEPS} steps of "
     "128 responses, AdamW at 5e-4: SFT on the teacher's responses (algorithm=seqkd), and the "
     "reverse KL over the whole vocabulary on the student's own (algorithm=opd_full). Student and "
-    "teacher begin as in E5.",
+    "teacher are made as those of E5, but on another machine, so they are not the same: the "
+    "student solves 73.4 % of the short and 22.1 % of the long chains at the beginning, that of E5 "
+    "69.7 % and 23.0 %.",
     rule="Differences are paired by seed, with 95 % intervals. The reward of a chain of n "
     "operations is a product of n accuracies, so its n-th root is compared, the accuracy of an "
     f"operation. Confirmed if on-policy minus SFT is more than {100 * MORE:.0f} point larger with "
@@ -105,8 +107,8 @@ EXPERIMENT = Experiment(
     seeds=(0, 1, 2),
     judge=judge,
     draw=partial(draw_curves, steps=range(0, STEPS + 1, 25)),
-    cuts="Two lengths and three seeds. SFT sees what follows errors of the teacher, which 28 % of "
-    "its long responses have; only the student's own are new to it. On-policy learns from whole "
-    "distributions and SFT from drawn tokens. The student is an early checkpoint of the teacher's "
-    "own training.",
+    cuts="Two lengths and three seeds. SFT sees what follows errors of the teacher, which about 28 "
+    "% of its long responses have, if it is as good as that of E5; only the student's own are new "
+    "to it. On-policy learns from whole distributions and SFT from drawn tokens. The student is an "
+    "early checkpoint of the teacher's own training.",
 )

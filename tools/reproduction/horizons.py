@@ -131,9 +131,9 @@ EXPERIMENT = Experiment(
     seeds=(0, 1, 2),
     judge=judge,
     draw=draw,
-    cuts="Two lengths, four gammas and three seeds, so that 24 runs take less than an hour. The KL "
-    "of a response grows with its length and its reward does not, so the two lengths also differ "
-    "in how KL and reward are balanced. The student is an early checkpoint of the teacher's own "
-    "training. At which step it is taken depends on rounding errors, so another machine trains "
-    "another one.",
+    cuts="Two lengths, four gammas and three seeds, so that 24 runs would take less than an hour; "
+    "they took 75 minutes. The KL of a response grows with its length and its reward does not, so "
+    "the two lengths also differ in how KL and reward are balanced. The student is an early "
+    "checkpoint of the teacher's own training. At which step it is taken depends on rounding "
+    "errors, so another machine trains another one.",
 )

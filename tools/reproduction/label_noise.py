@@ -106,5 +106,7 @@ EXPERIMENT = Experiment(
     judge=judge,
     draw=draw,
     cuts="Two of the three DIL losses and three seeds; four comparisons without a correction for "
-    "their number.",
+    "their number. The intervals of the shares leave out the error of the gain by which they are "
+    "divided, that without wrong labels: dpo gains only 3.9 [-5.1, 12.9] points, and simpo 7.0 "
+    "[0.0, 14.0], so their shares mean little.",
 )

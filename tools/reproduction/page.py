@@ -101,16 +101,20 @@ def cell(runs: Sequence[Run], name: str) -> str:
 def summary(every: Sequence[Records]) -> str:
     """README.md of the folder of all experiments: a row each."""
     rows = [
-        "| experiment | claim | verdict | effect |",
-        "|---|---|---|---|",
+        "| experiment | claim | verdict | effect | time |",
+        "|---|---|---|---|---|",
     ]
     for records in every:
         experiment = records.experiment
-        found = judgement(experiment, records.latest())
+        runs = records.latest()
+        found = judgement(experiment, runs)
         verdict = f"**{found.verdict}**" if found else "not finished"
+        seconds = sum(run.seconds for of in runs.values() for run in of)
+        time = f"{seconds / 60:.0f} min" if seconds >= 60 else "< 1 min"
         rows.append(
             f"| [{experiment.id}. {experiment.title}]({experiment.id}/README.md) | "
-            f"{experiment.claim} | {verdict} | {found.effect if found else ''} |"
+            f"{experiment.claim} | {verdict} | {found.effect if found else ''} | "
+            f"{time if found else ''} |"
         )
     return (
         f"# Are the papers' claims true?\n\n{MARK}\n\n"
@@ -122,7 +126,9 @@ def summary(every: Sequence[Records]) -> str:
         "is estimated from a run of five steps, and refused above the budget; the estimate leaves\n"
         "out evaluations and the making of models, so some took longer. Most of their models are\n"
         "tiny: a verdict holds at this scale. Recipes at the papers' own scale have been planned\n"
-        "and not run: [conf](../../conf/README.md#recipes-at-the-papers-own-scale-not-run).\n\n"
+        "and not run: [conf](../../conf/README.md#recipes-at-the-papers-own-scale-not-run).\n"
+        "Not every claim is measured in a paper, e.g. the 30 % of V1: each page names its\n"
+        "source. `time` is that of all runs together, on one or two cores.\n\n"
         + "\n".join(rows)
         + "\n\n"
         "```bash\n"
@@ -131,7 +137,13 @@ def summary(every: Sequence[Records]) -> str:
         "tools/reproduce all\n"
         "tools/reproduce --pages all # write the pages anew, from the runs that are finished\n"
         "hybridrl report tools/experiments   # all of them as one page, report.html\n"
-        "```\n"
+        "```\n\n"
+        "Run `tools/setup` and `source .venv/bin/activate` first. A run is finished if it has a\n"
+        "line in the runs.jsonl of its experiment and the code still computes the same in a small\n"
+        "run. So in a fresh clone nothing of these is run again: to repeat an experiment, remove\n"
+        "its runs.jsonl. A run that a signal stopped is continued by the next call. `--retry`\n"
+        "repeats runs that failed, `--smoke` makes a small run of each arm and writes nothing,\n"
+        "and `--over-budget` runs an experiment that would take longer than its budget.\n"
     )
 
 

@@ -86,8 +86,9 @@ EXPERIMENT = Experiment(
     budget_s=7200.0,
     cuts="Within these steps no student came to 2 points of the expert, so the claim can hardly be "
     "confirmed here. (That of the quickstart, with three times as many responses a step and the "
-    "reward, does.) On-policy learns from whole distributions and SFT from drawn tokens, which "
-    "alone was worth 3.4 points in E1, so that not all of the gain is due to whose responses are "
-    "learned. The second student solves 5 % and hardly learns by either method. The expert was "
-    "trained by SFT and not by RL from the student, and the number of samples is not varied.",
+    "reward, does in greedy accuracy, on average over its seeds.) On-policy learns from whole "
+    "distributions and SFT from drawn tokens, which alone was worth 3.4 points in E1, so that not "
+    "all of the gain is due to whose responses are learned. The second student solves 5 % and "
+    "hardly learns by either method. The expert was trained by SFT and not by RL from the student, "
+    "and the number of samples is not varied.",
 )
