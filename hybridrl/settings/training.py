@@ -22,7 +22,7 @@ class TrainConfig:
     samples_per_prompt: int = 8
     """K, the number of rollouts of each prompt"""
     lr: float = 5e-4
-    """AdamW's learning rate after the warm-up; the default is for the tiny models, from 1B parameters
+    """AdamW's learning rate after the warm-up; the default is for tiny models, from 1B parameters
     on 1e-6 to 1e-5 are usual"""
     lr_warmup_steps: int = 0
     """steps over which the learning rate rises linearly to lr"""

@@ -28,10 +28,10 @@ from reproduction.made_models import whole_folder
 from reproduction.own_pairs import STUDENT
 from reproduction.trained import TEACHER
 
-STEPS = 30
-LAST = 10
+STEPS = 12
+LAST = 4
 """Steps over which the numbers at the end are averaged."""
-EVERY = 10
+EVERY = 4
 REWARD_WEIGHT = 10.0
 HYBRID = "hybrid"
 DISTILLATION = "distillation"
@@ -43,12 +43,23 @@ MODEL: Mapping[str, Setting] = {
     "train.prompts_per_step": 8,
     "train.samples_per_prompt": 8,
     "rollout.groups_per_chunk": 8,
+    "model.dtype": "float32",  # not auto, by which the processor would decide
+    "cluster.threads_per_worker": 2,
+    "train.max_tokens_per_micro_batch": 1024,
+    # Prompts as plain text and short responses: half the tokens of a chat.
+    "data.chat_template": False,
+    "data.instruction": '"{prompt}"',
+    "rollout.max_new_tokens": 8,
+    "rollout.max_model_len": 64,
 }
 SMALL: Mapping[str, Setting] = {
     "experiment": "quickstart",
     "train.prompts_per_step": 32,
     "train.samples_per_prompt": 4,
     "rollout.groups_per_chunk": 32,
+    "rollout.max_new_tokens": 16,
+    "rollout.max_model_len": 48,
+    "cluster.threads_per_worker": 1,
     "model.path": STUDENT,
     "teacher": TEACHER,
     "train.steps": 5,
@@ -58,9 +69,9 @@ SMALL: Mapping[str, Setting] = {
 MADE = "made:sums"
 OWN = ("teacher",)
 """Settings of an arm that are none of the run."""
-STEP_S = 8.3
-"""Of this model, by tools/bench peers on two cores of an AMD EPYC with AVX512-BF16."""
-TEACHER_STEPS = 60
+STEP_S = 19.6
+"""Of the hybrid, in a pilot of two steps with another teacher, on two cores of an Intel Xeon."""
+TEACHER_STEPS = 30
 
 
 def measure(settings: Mapping[str, Setting], seed: int, lab: Lab) -> Numbers:
@@ -125,7 +136,7 @@ def solved_sums() -> tuple[str, str]:
 
 def _row(problem: Problem) -> str:
     """With the columns that the reward needs."""
-    own = {"prompt": problem.prompt, "completion": problem.columns["answer"]}
+    own = {"prompt": problem.prompt, "completion": f" {problem.columns['answer']}"}
     return f"{json.dumps({**own, **problem.columns})}\n"
 
 
@@ -198,15 +209,16 @@ EXPERIMENT = Experiment(
     "distillation alone, and with a smaller J than KL-regularised RLHF, whose gradient of the same "
     "J is sampled.",
     source="arXiv 2512.23097",
-    design="SmolLM2-135M-Instruct in bfloat16 learns sums of two numbers of one or two digits "
-    f"(experiment=smollm2_arithmetic). The teacher is the same model after {TEACHER_STEPS} steps "
-    f"of SFT on solved sums. {STEPS} steps of 64 responses, eight to a prompt, AdamW at 2e-5, all "
-    f"with gamma=1: the hybrid with lambda={REWARD_WEIGHT:g}, whose imitation term is computed "
-    "over the whole vocabulary; the same with lambda=0, which is distillation; and KL-regularised "
-    f"RLHF, the same J with lambda={REWARD_WEIGHT:g} and everything estimated from the drawn "
-    f"tokens. Reward and log p - log q are averaged over the sampled responses of the last {LAST} "
-    "steps, which are those that were trained on; J = (log p - log q) - lambda reward, of a "
-    "response.",
+    design="SmolLM2-135M-Instruct in float32 learns sums and differences of two numbers of one or "
+    "two digits (the problems of experiment=smollm2_arithmetic, as plain text, with responses of "
+    f"at most {MODEL['rollout.max_new_tokens']} tokens). The teacher is the same model after "
+    f"{TEACHER_STEPS} steps of SFT on solved problems. {STEPS} steps of 64 responses, eight to a "
+    f"prompt, AdamW at 2e-5, all with gamma=1: the hybrid with lambda={REWARD_WEIGHT:g}, whose "
+    "imitation term is computed over the whole vocabulary; the same with lambda=0, which is "
+    f"distillation; and KL-regularised RLHF, the same J with lambda={REWARD_WEIGHT:g} and "
+    "everything estimated from the drawn tokens. Reward and log p - log q are averaged over the "
+    f"sampled responses of the last {LAST} steps, which are those that were trained on; J = (log p "
+    "- log q) - lambda reward, of a response.",
     rule="Differences are paired by seed, with 95 % intervals. Confirmed if the reward of the "
     "hybrid lies above that of distillation and its J below that with the KL in the reward. "
     "Refuted if one of the two lies on the other side. Otherwise undecided.",
@@ -220,5 +232,9 @@ EXPERIMENT = Experiment(
     seeds=(0, 1, 2),
     judge=judge,
     draw=partial(draw_curves, steps=range(0, STEPS + 1, EVERY)),
-    cuts=f"One task, three methods, {STEPS} steps: what an hour allows.",
+    cuts=f"One task, three methods, {STEPS} steps: what less than an hour allows. Before its first "
+    "run it was cut from 30 steps, from 60 of the teacher, and from prompts as chats with "
+    "responses of 16 tokens, because a step took 40 s here and not 8 s as was assumed. Its "
+    "five-step run trains the model of the quickstart, so a change of the code that affects this "
+    "model alone would not make its runs anew.",
 )
