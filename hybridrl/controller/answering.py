@@ -150,7 +150,8 @@ class Answering:
         chunks = self.rollout.generate_on(
             engine,
             wave.prompts,
-            wave=wave.name,
+            # The seed tells two sets apart, so that none reuses prefixes that another one computed.
+            wave=f"{wave.name}-{decoding.seed}",
             group_size=decoding.samples,
             temperature=decoding.temperature,
             seed=decoding.seed,

@@ -1,5 +1,6 @@
 """The scheduled coefficients of the objective at each step."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,10 +71,13 @@ class Coefficients:
 
         Raises:
             MetricError: the metric that a schedule follows was not measured in the first steps of
-                this process, UNMEASURED_STEPS or diagnostics.every of them, whichever is more.
+                this process, UNMEASURED_STEPS or diagnostics.every of them, whichever is more, or
+                was not finite in any of them.
         """
         self.unmeasured = {
-            metric: steps + 1 for metric, steps in self.unmeasured.items() if metric not in row
+            metric: steps + 1
+            for metric, steps in self.unmeasured.items()
+            if not math.isfinite(row.get(metric, math.nan))
         }
         limit = max(UNMEASURED_STEPS, self.settings.diagnostics.every)
         for key, config in self.settings.schedules.items():

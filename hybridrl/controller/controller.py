@@ -5,13 +5,14 @@ worker to worker.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
 
 from hybridrl.controller.coefficients import Coefficients
 from hybridrl.controller.engine_probe import EngineProbe
-from hybridrl.controller.evaluator import Evaluator
+from hybridrl.controller.evaluator import Evaluator, evaluation_is_due
 from hybridrl.controller.global_batch import (
     GlobalBatch,
     divide,
@@ -29,14 +30,14 @@ from hybridrl.controller.preemption import Preemption
 from hybridrl.controller.reward_errors import check_reward_errors
 from hybridrl.controller.rounding import rounding_warning
 from hybridrl.controller.sampling import Arrived, Sampling, first_groups
-from hybridrl.controller.saving import Saving
+from hybridrl.controller.saving import SAVED_ENDS, Saving
 from hybridrl.controller.step_cost import step_cost
 from hybridrl.controller.step_results import Published, Sampled, Update
 from hybridrl.controller.worker_reports import work_of
 from hybridrl.core import failpoints
 from hybridrl.core.errors import (
     CheckpointError,
-    Preempted,
+    HybridRLError,
     RunDirectoryError,
     RunDirectoryTaken,
     SkippedStep,
@@ -192,7 +193,7 @@ class Controller:
                 work=work_of(sampled.arrived, scores, update.stats),
             )
         )
-        self.pipeline.wave_bytes = cost.wave_bytes // sampled.num_waves
+        self.pipeline.wave_bytes = cost.stored_bytes // sampled.num_waves
         self.coefficients.observe(row)
         self._show_rollouts(sampled)
         return row
@@ -227,8 +228,10 @@ class Controller:
                 saved there.
             RunDirectoryError: the run directory or a file in it was removed, moved or replaced.
                 What was learned so far is saved under its path.
-            CheckpointError: the last checkpoint cannot be written. If the run was ending because of
-                a stop signal or a removed directory, the message says that too.
+            RewardError, ServerError, FleetExhausted: no rewards, no scores or no responses can be
+                had. What was learned so far is saved if the step had not changed the weights yet.
+            CheckpointError: the last checkpoint cannot be written. If the run was ending for
+                another reason, the message says that too.
         """
         try:
             self._train()
@@ -250,17 +253,17 @@ class Controller:
                 self.ledger.check_in_place()
                 row = self._step_or_skip()
                 row |= self.saving.take()
-                last = self.steps_done == settings.train.steps
-                if last or (settings.eval.every and self.steps_done % settings.eval.every == 0):
+                if evaluation_is_due(settings, self.steps_done):
                     row |= self.evaluate()
                 # Before the checkpoint: a resumed run keeps the rows up to its checkpoint's step.
                 self.sinks.log(row)
             except RunDirectoryTaken:
                 raise
-            except (Preempted, RunDirectoryError) as end:
+            except SAVED_ENDS as end:
                 self._save_at_end(row, end)
                 raise
             failpoints.hit("controller.logged", step=self.steps_done)
+            last = self.steps_done == settings.train.steps
             every = settings.checkpoint.every
             if last or (every and self.steps_done % every == 0):
                 self.save(row, last=last)
@@ -268,15 +271,18 @@ class Controller:
             if self.on_step is not None:
                 self._call_back(self.on_step, row)
 
-    def _save_at_end(self, row: Mapping[str, float], end: Preempted | RunDirectoryError) -> None:
-        """Save what was learned when `end` stops the run.
+    def _save_at_end(self, row: Mapping[str, float], end: HybridRLError) -> None:
+        """Save what was learned when `end` stops the run, unless it stopped a step after its
+        update, before its row was complete: such a state has no checkpoint.
 
         Raises:
             CheckpointError: the checkpoint cannot be written; the message includes that of `end`.
         """
+        if row.get("train/step") != self.steps_done:
+            return
         try:
             self.save_unsaved(row)
-        except CheckpointError as error:
+        except HybridRLError as error:
             step = f"step {self.steps_done} has no checkpoint (older ones are intact)"
             raise CheckpointError(f"{end}; {step}: {error}") from end
 
@@ -296,7 +302,7 @@ class Controller:
             error.add_note(f"on_step raised this after step {self.steps_done} of the run")
             try:
                 self.save_unsaved(row)
-            except CheckpointError as unsaved:
+            except HybridRLError as unsaved:
                 error.add_note(f"the step has no checkpoint (older ones are intact): {unsaved}")
             else:
                 error.add_note("the step is saved, and the same call continues after it")
@@ -352,7 +358,7 @@ class Controller:
                 check_reward_errors(
                     [a.rewards for a in arrived],
                     settings.reward.max_error_rate,
-                    step=step,
+                    step=step + 1,
                     learned_from=self.learns_from_rewards,
                 )
             if sum(len(a.groups) for a in arrived) >= enough:
@@ -418,7 +424,7 @@ class Controller:
                 raise
             for sentence in stats.left_out:
                 log.warning("%s; the update is left out", sentence)
-            check_logprob_gap(stats, self.settings.rollout.max_logprob_gap, step=plan.step)
+            check_logprob_gap(stats, self.settings.rollout.max_logprob_gap, step=plan.step + 1)
         self._warn_of_rounding(stats)
         failpoints.hit("controller.learned", step=plan.step)
         return Update(batch=batch, plan=plan, probe_gap=probe_gap, stats=stats)
@@ -435,7 +441,9 @@ class Controller:
         self.pipeline.settle(sampled.returning)
         trained, passed_over = trained_uids(sampled.arrived, batch.part(learned), sampled.returning)
         self.ledger.record(self.steps_done, trained, [*skipped, *passed_over])
-        write_token_samples(Path(self.settings.run.dir), update.stats.token_samples)
+        with suppress(RunDirectoryError):  # the check before the step's row raises it again
+            self.ledger.check_in_place()
+            write_token_samples(self.checkpointer.root.parent, update.stats.token_samples)
 
     def _sync(self) -> Published:
         with self.clock.phase("sync"):
@@ -478,7 +486,7 @@ class Controller:
             return
         sentence = rounding_warning(self.settings, stats, self.learner.device)
         if sentence:
-            log.warning("step %d: %s", self.steps_done, sentence)
+            log.warning("step %d: %s", self.steps_done + 1, sentence)
             self.warned_of_rounding = True
 
     def evaluate(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from hybridrl.runtime.calls import Pending, gather, watch_nothing
 from hybridrl.runtime.reward_group import RewardGroup
 from hybridrl.runtime.rollout_group import RolloutGroup
 from hybridrl.settings.rewards import RewardFunctionConfig
-from hybridrl.settings.run import EvalConfig
+from hybridrl.settings.run import EvalConfig, RunSettings
 from hybridrl.types import Float, Prompt, Rewards, Sample
 
 
@@ -39,7 +39,8 @@ def evaluate(
     seed: int,
     watch: Callable[[], Pending | None] = watch_nothing,
 ) -> Evaluation:
-    """Sample one response per problem, greedily unless eval.greedy is false, and judge it.
+    """Sample one response per problem, greedily unless eval.greedy is false, and judge it. Without
+    a reward function only the problems are sampled whose responses are shown.
 
     Args:
         wave: a name that no other wave under way has.
@@ -51,16 +52,19 @@ def evaluate(
         WorkerError: an engine or reward worker failed; the error names it.
     """
     settings = rewards.settings
+    functions = settings.reward.functions
+    if not functions:
+        prompts = prompts[: config.samples]
+        if not prompts:
+            return Evaluation(metrics={}, samples=())
     chunks = rollout.generate(
         prompts,
         wave=wave,
         group_size=1,
         temperature=0.0 if config.greedy else temperature,
         seed=seed,
-        # As many responses per chunk as in training, since the deadlines are chosen for those.
-        groups_per_chunk=settings.rollout.groups_per_chunk * settings.train.samples_per_prompt,
+        groups_per_chunk=groups_per_chunk(settings, 1),
     )
-    functions = settings.reward.functions
     pending = rewards.score(chunks, [function.weight for function in functions.values()])
     # The headers come first: if an engine fails, the reward calls fail with it, and the error must
     # name the engine.
@@ -72,6 +76,16 @@ def evaluate(
             samples += rewards.samples(chunk, call, step, config.samples - len(samples))
     judges = judges_of(prompts, functions)
     return summary(scored, with_questions(samples, prompts), judges)
+
+
+def groups_per_chunk(settings: RunSettings, samples: int) -> int:
+    """How many problems with `samples` responses each make a chunk: as many responses as in
+    training, since the deadlines are chosen for those.
+
+    Example: 4 groups of 8 responses in training are 32 problems of one response, or 2 of 16.
+    """
+    responses = settings.rollout.groups_per_chunk * settings.train.samples_per_prompt
+    return max(1, responses // samples)
 
 
 def with_questions(samples: Sequence[Sample], prompts: Sequence[Prompt]) -> list[Sample]:
@@ -108,6 +122,7 @@ def evaluate_set(
         group_size=held_out.samples,
         temperature=held_out.temperature,
         seed=seed,
+        groups_per_chunk=groups_per_chunk(rewards.settings, held_out.samples),
     )
     weights = [function.weight for function in rewards.settings.reward.functions.values()]
     pending = rewards.score(chunks, weights)

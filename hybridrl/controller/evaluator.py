@@ -137,6 +137,12 @@ class Evaluator:
         return self.workers.learner.evaluate(plan, groups, batch.values).metrics
 
 
+def evaluation_is_due(settings: RunSettings, step: int) -> bool:
+    """Whether an evaluation follows step `step`: every eval.every steps, and after the last one."""
+    every = settings.eval.every
+    return step == settings.train.steps or bool(every and step % every == 0)
+
+
 def with_responses(settings: RunSettings, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts with exactly as many responses as the run learns from; none if the run does not
     learn from data.

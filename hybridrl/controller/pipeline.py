@@ -11,7 +11,7 @@ from typing import Any
 
 from hybridrl.controller.coefficients import Coefficients
 from hybridrl.controller.sampling import PendingChunk, Sampling
-from hybridrl.core.errors import Preempted
+from hybridrl.core.errors import HybridRLError
 from hybridrl.data.mixture import PromptMixture
 from hybridrl.data.prompts import PromptSource
 from hybridrl.settings.run import RunSettings
@@ -110,7 +110,8 @@ class Pipeline:
             again: number of earlier waves of the same step.
 
         Raises:
-            Preempted: a stop signal came while no engine served; no prompt is lost.
+            Preempted: a stop signal came while no engine served.
+            HybridRLError: no engine can be had. In both cases the prompts are put back.
         """
         prompts = self.prompts.next_batch(self.oversampled)
         try:
@@ -121,7 +122,7 @@ class Pipeline:
                 seed=wave_seed(self.settings.run.seed, "train", step),
                 reward_weights=self.coefficients.rewards(step),
             )
-        except Preempted:
+        except HybridRLError:
             self.prompts.put_back(prompts)
             raise
         return Wave(step=step, drawn=drawn)

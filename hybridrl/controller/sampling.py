@@ -105,11 +105,16 @@ class Sampling:
 
     def heldout(self, prompts: Sequence[Prompt], *, wave: str) -> list[PendingChunk]:
         """Start a wave of the data's own responses to held-out prompts. Their rewards are their
-        ranks in the data, and the teachers score them.
+        ranks in the data, and the teachers score them. A chunk has as many prompts as that of a
+        training step, since the deadlines are chosen for those.
         """
+        settings = self.settings
         replay = self.workers.replay
         assert replay is not None, "a run with algorithm.data_fraction has such a worker"
-        return self._started([(replay, chunk) for chunk in replay.generate(prompts, wave=wave)], ())
+        size = max(1, int(settings.train.prompts_per_step * settings.algorithm.data_fraction))
+        pieces = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        chunks = [chunk for piece in pieces for chunk in replay.generate(piece, wave=wave)]
+        return self._started([(replay, chunk) for chunk in chunks], ())
 
     def _sampled(
         self, engines: RolloutGroup, prompts: Sequence[Prompt], wave: str, seed: int

@@ -1,13 +1,26 @@
-"""The checkpoint that is being written while the run goes on."""
+"""The checkpoint that is being written while the run goes on, and the errors after which a last one
+is saved.
+"""
 
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from hybridrl.core.errors import CheckpointError, WorkerError
+from hybridrl.core.errors import (
+    CheckpointError,
+    FleetExhausted,
+    Preempted,
+    RewardError,
+    RunDirectoryError,
+    ServerError,
+    WorkerError,
+)
 
 log = logging.getLogger(__name__)
+
+SAVED_ENDS = (Preempted, RunDirectoryError, RewardError, ServerError, FleetExhausted)
+"""Errors that end a run and leave its learner intact, so that what it learned can be saved."""
 
 
 class Saving:

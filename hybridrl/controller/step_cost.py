@@ -8,10 +8,11 @@ from hybridrl.types import ChunkHeader, ScoreHeader
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
-    """Bytes of one step. They determine how many waves the pipeline may have under way.
+    """Bytes of one step, which has one wave or several. They determine how many waves the pipeline
+    may have under way.
 
     Example: two chunks of 100 bytes with scores of 30 bytes each: rollout_bytes 200, score_bytes
-    60, wave_bytes 260.
+    60, stored_bytes 260.
     """
 
     rollout_bytes: int
@@ -19,8 +20,8 @@ class StepCost:
     weight_bytes: int  # sent to each engine
 
     @property
-    def wave_bytes(self) -> int:
-        """Bytes of one wave in the object store: its rollouts and their scores."""
+    def stored_bytes(self) -> int:
+        """Bytes of all waves of the step in the object store: their rollouts and scores."""
         return self.rollout_bytes + self.score_bytes
 
 

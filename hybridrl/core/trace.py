@@ -79,7 +79,7 @@ class Trace:
     def _opened(self) -> TextIO:
         if self._file is None:
             assert self._path is not None, "only a trace with a path is written"
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.parent.mkdir(exist_ok=True)  # not the run directory, if that is gone
             self._file = self._path.open("a", encoding="ascii")
             if self._file.tell() == 0:
                 self._file.write("[\n")

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from hybridrl.controller.controller import Controller, OnStep
+from hybridrl.controller.evaluator import evaluation_is_due
 from hybridrl.controller.held_out_set import HeldOutSet
 from hybridrl.controller.preemption import Preemption
 from hybridrl.core import redact
@@ -73,7 +74,7 @@ from hybridrl.runtime.workers import (
 from hybridrl.settings.choices import Resume, WandbMode
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.console import ConsoleSink
-from hybridrl.tracking.jsonl import JsonlSink
+from hybridrl.tracking.jsonl import JsonlSink, read_metrics
 from hybridrl.tracking.sink import Sink, Sinks
 from hybridrl.tracking.user_sinks import build_sinks
 from hybridrl.tracking.wandb_sink import WandbSink
@@ -368,7 +369,7 @@ class Session:
                 on_step=self.on_step,
             )
             try:
-                train_on(controller, checkpoint, self.levels)
+                train_on(controller, checkpoint, self.levels, missing_row(self.run_dir, checkpoint))
             finally:
                 self.steps_done = controller.steps_done
         return controller
@@ -413,19 +414,40 @@ def same_fault(
     return raised(error) and same and before_step == step
 
 
+def missing_row(run_dir: Path, checkpoint: Checkpoint | None) -> dict[str, float] | None:
+    """The row of the checkpoint's step, if metrics.jsonl lacks it because the run ended between the
+    step and its row; None: no row is missing.
+    """
+    if checkpoint is None:
+        return None
+    step, row = checkpoint.state.step, checkpoint.state.metrics
+    rows = read_metrics(run_dir, step)
+    logged = rows[-1]["train/step"] if rows else 0
+    return row if logged < step == row.get("train/step") else None
+
+
 def train_on(
-    controller: Controller, checkpoint: Checkpoint | None, levels: Mapping[str, float]
+    controller: Controller,
+    checkpoint: Checkpoint | None,
+    levels: Mapping[str, float],
+    missing: Mapping[str, float] | None = None,
 ) -> None:
     """Train from the checkpoint, or from the start, to the last step.
 
     Args:
         levels: the teachers' accuracies, for the first row of a run.
+        missing: as missing_row returns it. It is logged first, with the evaluation of its step if
+            that failed.
     """
     if checkpoint:
         controller.load_state(checkpoint.state, str(checkpoint.folder))
     controller.begin()
     if not checkpoint:
         controller.sinks.log({"train/step": 0.0, **levels, **controller.evaluate()})
+    elif missing is not None:
+        evaluated = any(key.startswith("eval/") for key in missing)
+        due = evaluation_is_due(controller.settings, controller.steps_done) and not evaluated
+        controller.sinks.log({**missing, **(controller.evaluate() if due else {})})
     controller.run()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hybridrl.batch.micro_batch import MicroBatch
@@ -25,7 +26,8 @@ def refuse_batch(
     rank: int,
     stepped: bool,
 ) -> NoReturn:
-    """Write the micro-batches of update `number` to run_dir/skipped, and raise.
+    """Write the micro-batches of update `number` to run_dir/skipped, and raise. The message says
+    where they are, or why they could not be written.
 
     Args:
         totals: of Tally.totals, over all ranks.
@@ -37,13 +39,18 @@ def refuse_batch(
         NonFiniteError: the weights were stepped.
     """
     several = len(plan.order) > 1
-    name = f"step_{plan.step:06d}" + (f"-update{number}" if several else "")
+    step = plan.step + 1  # messages, rows and files count steps from 1
+    name = f"step_{step:06d}" + (f"-update{number}" if several else "")
     folder = run_dir / "skipped"
-    save_batch(micros, folder / f"{name}-rank{rank}.safetensors")
-    which = f"step {plan.step}" + (f", update {number}" if several else "")
+    kept = f"the batch is in {folder}"
+    try:
+        save_batch(micros, folder / f"{name}-rank{rank}.safetensors")
+    except (OSError, SafetensorError) as error:
+        kept = f"the batch could not be written to {folder}: {error}"
+    which = f"step {step}" + (f", update {number}" if several else "")
     sentence = (
         f"{which}: loss is {totals['train/loss']}, gradient norm {grad_norm}; {remedy(totals)}; "
-        f"the batch is in {folder}"
+        f"{kept}"
     )
     if stepped:
         raise NonFiniteError(
@@ -53,8 +60,13 @@ def refuse_batch(
 
 
 def save_batch(micros: Sequence[MicroBatch], path: Path) -> None:
-    """Write the tensors of each micro-batch under its number: "0/input_ids" and so on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the tensors of each micro-batch under its number: "0/input_ids" and so on.
+
+    Raises:
+        OSError, SafetensorError: they cannot be written, e.g. because the run directory is gone,
+            which is not made anew.
+    """
+    path.parent.mkdir(exist_ok=True)
     tensors = {
         f"{number}/{name}": value
         for number, micro in enumerate(micros)

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,7 +68,7 @@ class SettingsFile:
     """A Writer of config.yaml, so that a checkpoint can be used without its run directory."""
 
     def __init__(self, settings: RunSettings) -> None:
-        self.text = to_yaml(settings)
+        self.text = config_text(settings)
 
     def state_bytes(self) -> int:
         return len(self.text)
@@ -78,6 +78,13 @@ class SettingsFile:
         path.write_text(self.text, encoding="utf-8", errors="backslashreplace")
         saved = [seal(path)]
         return lambda: saved
+
+
+def config_text(settings: RunSettings) -> str:
+    """The settings as config.yaml holds them: without run.allow_changes, which is for one command.
+    A later command that starts from the file would otherwise allow the same changes again.
+    """
+    return to_yaml(replace(settings, run=replace(settings.run, allow_changes=[])))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from hybridrl.run_dir.checkpoint import (
     STEP_FOLDER,
     Checkpoint,
     Checkpointer,
+    config_text,
     read_checkpoint,
     step_folders,
 )
@@ -30,7 +31,7 @@ from hybridrl.run_dir.inputs import DATA, IMPORTS, SETS
 from hybridrl.run_dir.ledger import LEDGER
 from hybridrl.run_dir.setting_changes import changes, stretched_by_steps, within
 from hybridrl.settings.choices import Resume
-from hybridrl.settings.compose import from_yaml, saved_tree, to_yaml
+from hybridrl.settings.compose import from_yaml, saved_tree
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.jsonl import METRICS, SAMPLES, TOKENS_FILE, samples_files
 from hybridrl.weights.hugging_face import TEMPLATE
@@ -226,7 +227,7 @@ def find_checkpoint(
             checkpointer.set_aside_newer(checkpoint.state.step)
         else:
             checkpoint = continue_other(checkpoint, run_dir)
-    replace_text(run_dir / CONFIG, to_yaml(settings))
+    replace_text(run_dir / CONFIG, config_text(settings))
     return checkpoint
 
 

@@ -237,8 +237,9 @@ class LearnerGroup:
         end = time.monotonic() + limits.save_s
         while True:
             self._check_wanted()
-            # A rank answers at the end of the update that it is busy with.
-            calls = self.group.submit_all("saved_file", deadline_s=limits.learn_s + limits.save_s)
+            # A rank answers at once, or at the end of the call that it is busy with.
+            limit = max(limits.learn_s, limits.save_s)
+            calls = self.group.submit_all("saved_file", deadline_s=limit)
             files = gather(calls, self._check_wanted)
             if None not in files:
                 return files

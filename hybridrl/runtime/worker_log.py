@@ -38,6 +38,12 @@ class WorkerLog:
 
 
 def opened(path: str) -> int:
-    """Open a file for appending, and make its folder if needed. Returns the file descriptor."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """Open a file for appending, and make its folder if needed. Returns the file descriptor.
+
+    Without the run directory, which a worker must not make anew, it is that of the present stderr.
+    """
+    try:
+        Path(path).parent.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        return os.dup(2)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -68,9 +68,13 @@ def read_token_samples(run_dir: str | Path) -> list[list[TokenSample]]:
 def write_token_samples(run_dir: Path, rows: Sequence[TokenSample]) -> None:
     """Write samples/tokens_NNNNNN.jsonl, NNNNNN being the step of the rows; without rows, write
     nothing.
+
+    Raises:
+        OSError: it cannot be written, e.g. because the run directory is gone, which is not made
+            anew.
     """
     if rows:
-        (run_dir / SAMPLES).mkdir(parents=True, exist_ok=True)
+        (run_dir / SAMPLES).mkdir(exist_ok=True)
         path = run_dir / SAMPLES / f"tokens_{rows[0].step:06d}.jsonl"
         replace_text(path, "".join(_line(asdict(row)) for row in rows))
 
@@ -175,7 +179,7 @@ class JsonlSink:
         """
         self.close(0)
         self._dir = Path(info.run_dir)
-        (self._dir / SAMPLES).mkdir(parents=True, exist_ok=True)
+        (self._dir / SAMPLES).mkdir(exist_ok=True)
         metrics = self._dir / METRICS
         rows = read_metrics(self._dir, info.first_step) if info.first_step else []
         replace_text(metrics, "".join(map(_line, rows)))

@@ -34,10 +34,6 @@ class PhaseClock:
         finally:
             self._seconds[name] += time.perf_counter() - begin
 
-    def seconds(self, name: str) -> float:
-        """The seconds of one phase since the last take."""
-        return self._seconds.get(name, 0.0)
-
     def take(self) -> dict[str, float]:
         """Return the seconds per phase, keyed "time/<phase>_s", and reset the clock."""
         metrics = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}

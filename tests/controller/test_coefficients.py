@@ -1,5 +1,7 @@
 """The coefficients of a step, which may depend on metrics of earlier steps."""
 
+import math
+
 import pytest
 
 from hybridrl.controller.coefficients import UNMEASURED_STEPS, Coefficients
@@ -21,6 +23,15 @@ def test_a_weight_whose_metric_no_step_measures_ends_the_run_and_names_the_setti
         match=r"^algorithm\.imitation_weight\.metric=pair/margin: none of the first 20 steps",
     ):
         coefficients.observe({"kl/token": 3.0})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_metric_that_is_never_a_finite_number_counts_as_not_measured(value: float):
+    coefficients = following("pair/margin")
+    for _ in range(UNMEASURED_STEPS - 1):
+        coefficients.observe({"pair/margin": value})
+    with pytest.raises(MetricError, match=r"pair/margin: none of the first 20 steps"):
+        coefficients.observe({"pair/margin": value})
 
 
 def test_a_metric_that_was_measured_once_may_be_missing_later_and_its_weight_stays_the_same():

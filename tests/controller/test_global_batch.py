@@ -99,9 +99,9 @@ def test_a_wave_costs_its_rollouts_and_scores_and_not_the_weights():
     score = ScoreHeader(teacher="main", nbytes={"teacher_hidden": 20, "logprobs": 10}, score_s=1.0)
     cost = step_cost([header, header], [score, score], 7)
     assert (cost.rollout_bytes, cost.score_bytes, cost.weight_bytes) == (200, 60, 7)
-    assert cost.wave_bytes == 260 and type(cost.wave_bytes) is int
+    assert cost.stored_bytes == 260 and type(cost.stored_bytes) is int
     sized = replace(header, nbytes=np.int64(1))
-    assert type(step_cost([sized], [], 0).wave_bytes) is int, "a checkpoint holds it as JSON"
+    assert type(step_cost([sized], [], 0).stored_bytes) is int, "a checkpoint holds it as JSON"
 
 
 @pytest.mark.parametrize(

@@ -669,7 +669,7 @@ def test_a_step_whose_sampler_and_learner_differ_too_much_ends_the_run(graph, co
     controller.learner = Disagreeing(graph.workers.learner, gap=9.0)
     with pytest.raises(
         WeightSyncError,
-        match=r"^step 1: sampler and learner differ by 9 nats per token, rollout\.max_logprob_gap",
+        match=r"^step 2: sampler and learner differ by 9 nats per token, rollout\.max_logprob_gap",
     ):
         controller.step()
 

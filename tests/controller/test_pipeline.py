@@ -20,6 +20,7 @@ from hybridrl.controller.reward_errors import check_reward_errors
 from hybridrl.controller.sampling import Arrived, PendingChunk, Sampling, first_groups
 from hybridrl.core.errors import (
     DataError,
+    FleetExhausted,
     Preempted,
     RewardError,
     WorkerDied,
@@ -77,6 +78,10 @@ class NoEngine:
 
     def lose(self, error, watch):
         self.generate((), watch=watch)
+
+
+def raised(error: Exception) -> None:
+    raise error
 
 
 class Recorder:
@@ -139,6 +144,30 @@ def test_a_stop_signal_ends_the_wait_for_an_engine_and_the_prompts_are_drawn_aga
     resumed = PromptSource(PROMPTS, 0)
     resumed.load_state_dict(source.state_dict(made.in_flight()))
     assert resumed.next_batch(5) == PromptSource(PROMPTS, 0).next_batch(5)
+
+
+def test_the_prompts_of_a_wave_for_which_no_engine_can_be_had_are_drawn_again():
+    made, recorder, source = pipeline()
+    recorder.draw = lambda *_, **__: raised(FleetExhausted("rollout/0 cannot be replaced"))
+    with pytest.raises(FleetExhausted):
+        made.take(0)
+    assert source.next_batch(5) == PromptSource(PROMPTS, 0).next_batch(5)
+
+
+def test_the_datas_responses_to_held_out_prompts_come_in_chunks_as_large_as_in_a_training_step():
+    """A step has 4 prompts, of which the data answers half."""
+    given = settings("train.prompts_per_step=4")
+    given = replace(given, algorithm=replace(given.algorithm, data_fraction=0.5))
+    asked: list[list[str]] = []
+
+    def generate(prompts: list[Prompt], *, wave: str) -> list[Chunk]:
+        asked.append([p.uid for p in prompts])
+        return [drawn(prompts[:1], wave)[0].chunk]
+
+    replay = SimpleNamespace(generate=generate, rank=lambda chunks: [pending(0) for _ in chunks])
+    workers = SimpleNamespace(replay=replay, rewards=None, scorers=[])
+    under_way = Sampling(given, workers, None).heldout(PROMPTS, wave="eval-data-0")
+    assert asked == [["p0", "p1"], ["p2", "p3"], ["p4"]] and len(under_way) == 3
 
 
 def test_a_stop_signal_ends_the_wait_for_the_worker_in_the_place_of_one_that_failed(monkeypatch):

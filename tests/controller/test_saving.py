@@ -1,6 +1,7 @@
 """A checkpoint that is written in the background while the run continues."""
 
 import logging
+from dataclasses import fields
 from threading import Event
 from types import SimpleNamespace
 
@@ -70,8 +71,23 @@ class Learner:
         self.group = self
 
     def submit_all(self, method: str, *, deadline_s: float) -> list[Pending]:
+        self.deadline_s = deadline_s
         self.asked.set()
         return []
+
+
+@pytest.mark.parametrize(("learn_s", "save_s", "longest"), [(10.0, 7.0, 10.0), (5.0, 7.0, 7.0)])
+def test_a_silent_rank_is_waited_for_as_long_as_the_longest_deadline_says(
+    monkeypatch: pytest.MonkeyPatch, learn_s: float, save_s: float, longest: float
+):
+    """The other deadlines are 1 s. The start of a run prints the longest one."""
+    others = {f.name: 1.0 for f in fields(DeadlineConfig)}
+    deadlines = DeadlineConfig(**others | {"learn_s": learn_s, "save_s": save_s})
+    monkeypatch.setattr("hybridrl.runtime.learner_group.gather", lambda calls, watch: ["file"])
+    learner = Learner()
+    learner.settings = SimpleNamespace(deadlines=deadlines)
+    assert LearnerGroup._saved_files(learner) == ["file"]
+    assert learner.deadline_s == longest == deadlines.longest_silence_s
 
 
 def test_a_run_that_is_ended_at_once_does_not_wait_for_the_thread_of_its_checkpoint(

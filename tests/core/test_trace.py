@@ -141,3 +141,9 @@ def test_a_worker_records_only_in_a_run_that_is_traced(
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["learner-0.trace.json"]
     assert len(whole_trace(list(tmp_path.iterdir()))) == 4
+
+
+def test_a_trace_does_not_make_a_run_directory_anew(tmp_path: Path) -> None:
+    with Trace(tmp_path / "run" / "logs" / "driver.trace.json").span("step"):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -378,15 +378,15 @@ def test_an_update_without_a_finite_gradient_is_left_out_and_the_rest_of_the_bat
     assert found["digest"] == result(folder, "two-of-one")["digest"]
     assert found["unlearned"] == [1] and found["metrics"][0]["train/updates"] == 2.0
     assert [sentence.split(":")[0] for sentence in found["left_out"]] == [
-        "step 0, update 1",
-        "step 0, update 2",
+        "step 1, update 1",
+        "step 1, update 2",
     ]
-    assert (folder / "skipped" / "step_000000-update2-rank0.safetensors").is_file()
+    assert (folder / "skipped" / "step_000001-update2-rank0.safetensors").is_file()
     third, all_of_them, only = result(folder, "too-many-left-out")["errors"]
-    assert third.startswith("NonFiniteError: step 0, update 2: loss is nan")
+    assert third.startswith("NonFiniteError: step 1, update 2: loss is nan")
     assert third.endswith("train.max_skipped=1 updates in a row")
-    assert all_of_them.startswith("NonFiniteError: step 0, update 1")
-    assert only.startswith("SkippedStep: step 0: "), "the controller counts it"
+    assert all_of_them.startswith("NonFiniteError: step 1, update 1")
+    assert only.startswith("SkippedStep: step 1: "), "the controller counts it"
 
 
 # -- diagnostics -----------------------------------------------------------------------------------
@@ -774,11 +774,11 @@ def test_a_step_after_loading_is_the_step_that_would_have_come_where_not_all_tra
 def test_a_nan_reward_that_was_not_dropped_changes_no_weight_and_its_batch_is_saved(
     folder: Path,
 ):
-    assert result(folder, "nan")["error"].startswith("step 0: loss is nan")
+    assert result(folder, "nan")["error"].startswith("step 1: loss is nan")
     assert "a reward, or a teacher's log-probability" in result(folder, "nan")["error"]
     assert "no weight was updated" in result(folder, "nan")["error"]
     assert result(folder, "nan")["digest"] == result(folder, "untouched")["digest"]
-    saved = load_file(folder / "skipped" / "step_000000-rank0.safetensors")
+    saved = load_file(folder / "skipped" / "step_000001-rank0.safetensors")
     assert saved["0/sparse"].isnan().any() and saved["0/teachers/0/hidden"].shape[1] == 128
 
 
@@ -795,7 +795,7 @@ def test_a_value_that_is_not_finite_on_one_of_two_ranks_changes_no_weight_on_eit
     assert "no weight was updated" in found["error"] and found["digest"] == found["before"]
     assert ("divergence from a teacher is not finite" in found["error"]) is ("zero3" in case)
     assert "lower train.lr" not in found["error"]
-    assert (folder / "skipped" / "step_000003-rank1.safetensors").is_file()
+    assert (folder / "skipped" / "step_000004-rank1.safetensors").is_file()
 
 
 def test_weights_that_are_infinite_are_not_saved(folder: Path):

@@ -44,12 +44,14 @@ from hybridrl.run_dir.directory import (
     read_settings,
     run_directory,
 )
+from hybridrl.run_dir.directory import settings_of as read_settings_of_checkpoint
 from hybridrl.run_dir.inputs import digests, pinned
 from hybridrl.run_dir.setting_changes import FREE, changes, flat
 from hybridrl.settings.choices import Products, Resume
 from hybridrl.settings.compose import load_config
 from hybridrl.settings.rewards import RewardFunctionConfig
 from hybridrl.settings.run import RunConfig, RunSettings
+from hybridrl.settings.settings_file import load_settings
 from hybridrl.tracking.jsonl import JsonlSink
 from hybridrl.types import FinishReason, Prompt, Rewards, RunInfo, Sample
 from tests.support.graph import save_tiny
@@ -201,6 +203,21 @@ def test_a_change_that_is_named_is_allowed_and_then_the_runs_own(tmp_path: Path)
         resume(settings_of(tmp_path, *changed, "run.allow_changes=[train.lr,algorithm]")) == 10
     ), "a section names all in it"
     assert resume(settings_of(tmp_path, *changed)) == 10
+
+
+def test_a_change_is_allowed_once_and_the_next_command_must_name_it_again(tmp_path: Path):
+    start(settings_of(tmp_path))
+    allowed = settings_of(tmp_path, "train.lr=2e-3", "run.allow_changes=[train.lr]")
+    assert resume(allowed) == 10
+    Checkpointer(tmp_path, allowed.checkpoint).save(
+        replace(STATE, step=12), [SettingsFile(allowed)]
+    )
+    continued = load_settings([f"run.dir={tmp_path}"])
+    assert (continued.train.lr, continued.run.allow_changes) == (2e-3, [])
+    with pytest.raises(RunDirectoryError, match=r"train\.lr: 0\.002 -> 0\.003; .*=\[train\.lr\]"):
+        resume(load_settings([f"run.dir={tmp_path}", "train.lr=3e-3"]))
+    own = read_settings_of_checkpoint(tmp_path / "checkpoints" / "step_000012")
+    assert (own.train.lr, own.run.allow_changes) == (2e-3, [])
 
 
 def test_a_name_allows_no_setting_that_only_begins_like_it(tmp_path: Path):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from hybridrl.runtime.host import Host
-from hybridrl.runtime.worker_log import STACKS
+from hybridrl.runtime.worker_log import STACKS, opened
 from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
 from hybridrl.settings.run import RunConfig, RunSettings
 
@@ -53,3 +53,13 @@ def test_the_log_of_a_worker_moves_with_its_jobs_and_masks_the_secrets_of_the_la
     second = (tmp_path / "second" / "worker.log").read_text()
     assert second.startswith("two\nWARNING speaker: two\nWARNING speaker: the key is ***\n")
     assert "Current thread" in second and "two_jobs" in second and KEY not in second
+
+
+def test_a_worker_does_not_make_a_run_directory_anew_and_writes_to_its_stderr_instead(
+    tmp_path: Path,
+):
+    descriptor = opened(str(tmp_path / "run" / "logs" / "rollout-0.log"))
+    try:
+        assert os.path.sameopenfile(descriptor, 2) and list(tmp_path.iterdir()) == []
+    finally:
+        os.close(descriptor)
