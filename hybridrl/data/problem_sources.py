@@ -10,7 +10,7 @@ from itertools import chain, zip_longest
 
 from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.data import countdown_puzzles as countdown
-from hybridrl.data import records
+from hybridrl.data import reasoning_gym_tasks, records
 from hybridrl.data.problem import SOURCE, Problem
 from hybridrl.settings.run import DataConfig
 from hybridrl.settings.sources import ProblemsConfig
@@ -75,9 +75,6 @@ def load_source(
     if source.task == "countdown":
         return countdown.load(source.options, num_train, num_heldout, seed)
     if source.task == "reasoning_gym":
-        # Importing the library takes seconds, and most runs do not need it.
-        from hybridrl.data import reasoning_gym_tasks
-
         assert source.dataset is not None, "the settings check it"
         return reasoning_gym_tasks.load(
             source.dataset, source.options, num_train, num_heldout, seed
