@@ -61,8 +61,8 @@ class RewardPool:
         processes: number of children.
         timeout_s: deadline of one task, which is all sequences of a child or a single one.
         max_timeouts: share of a batch in [0, 1]; if more time out, the others are not run.
-        budget_s: time of one `call` after which no further task is started, including the time in
-            which the replacement of an ended child loads.
+        budget_s: time of one `call` after which no further task is started, nor a child waited for
+            that loads; the first task of each child is always run.
         load_s: time limit for a child to start and load the functions.
 
     Raises:
@@ -105,7 +105,7 @@ class RewardPool:
         parts = [range(i, min(i + size, num_sequences)) for i in range(0, num_sequences, size)]
         outcomes: dict[int, Outcome] = {}
         retried: list[int] = []
-        for part, answer in zip(parts, self._answers(name, passed, parts, end), strict=True):
+        for part, answer in zip(parts, self._answers(name, passed, parts), strict=True):
             if isinstance(answer, Failure) and len(part) > 1:
                 retried += part
                 self._report(name, len(part), answer)
@@ -171,12 +171,16 @@ class RewardPool:
         return outcomes
 
     def _answers(
-        self, name: str, columns: dict[str, list[Any]], parts: list[range], end: float
+        self,
+        name: str,
+        columns: dict[str, list[Any]],
+        parts: list[range],
+        end: float = math.inf,
     ) -> list[list[Outcome] | Failure]:
         """The answer to each part, computed by the child of the same index; parts <= processes.
 
         Args:
-            end: the monotonic time until which a replaced child may load the functions.
+            end: the monotonic time until which the replacement of an ended child may load.
         """
         refused = [self._send(i, name, columns, part, end) for i, part in enumerate(parts)]
         deadline = time.monotonic() + self._timeout_s
@@ -197,14 +201,15 @@ class RewardPool:
         reason = ""
         for _ in range(2):
             process = self._processes[i]
+            remaining = max(end - time.monotonic(), 0.0)
             try:
-                process.load(min(self._load_s, max(end - time.monotonic(), 0.0)))
+                process.load(min(self._load_s, remaining))
                 process.submit(name, len(part), keywords, self._timeout_s)
                 return None
             except ProcessEnded as error:
                 reason = f"the process ended before it accepted the call, twice: {error}"
             except TimeoutError:
-                if process.loaded is None and time.monotonic() >= end:
+                if process.loaded is None and remaining < self._load_s:
                     text = f"its process was still loading when {self._budget_s:g} s had passed"
                     return Failure(kind=FailureKind.timeout, text=text)  # it goes on loading
                 reason = "the process did not accept the call, twice"
