@@ -33,8 +33,8 @@ class Answer:
     responses: tuple[str, ...]  # [K] without special tokens
     finish_reasons: tuple[FinishReason, ...]  # [K]
     lengths: tuple[int, ...]  # [K] tokens that the model wrote, its end token included
-    # The [K] values of each reward function whose route takes the prompt, by its name; NaN where it
-    # failed; empty: there is no function
+    # The [K] values of each reward function that was called and whose route takes the prompt, by
+    # its name; NaN where it failed; empty: there is no function
     rewards: dict[str, tuple[float, ...]]
 
 
@@ -112,6 +112,7 @@ class Answering:
     Args:
         rewards: the workers that judge the responses; None: they are not judged.
         tokenizer: decodes the responses.
+        only: the reward function that is called; None: all of them.
         check: called every WATCH_S while waiting; an exception from it ends the wait.
     """
 
@@ -120,11 +121,14 @@ class Answering:
         rollout: RolloutGroup,
         rewards: RewardGroup | None,
         tokenizer: PreTrainedTokenizerBase,
+        *,
+        only: str | None = None,
         check: Callable[[], None] = watch_nothing,
     ) -> None:
         self.rollout = rollout
         self.rewards = rewards
         self.tokenizer = tokenizer
+        self.only = only
         self.check = check
 
     def answers(self, waves: Sequence[Wave], decoding: Decoding) -> Iterator[list[Answer]]:
@@ -205,10 +209,9 @@ class Answering:
         else:
             self.rollout.lose(error)
 
-    @staticmethod
-    def _judged(rewards: RewardGroup, chunk: Chunk) -> Pending:
+    def _judged(self, rewards: RewardGroup, chunk: Chunk) -> Pending:
         weights = [function.weight for function in rewards.settings.reward.functions.values()]
-        return rewards.score_one(chunk, weights)
+        return rewards.score_one(chunk, weights, self.only)
 
     def _answer(self, unfinished: Unfinished, result: object) -> Answer:
         batch: RolloutBatch = unfinished.chunk.batch.result()

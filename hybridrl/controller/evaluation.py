@@ -125,7 +125,7 @@ def evaluate_set(
         groups_per_chunk=groups_per_chunk(rewards.settings, held_out.samples),
     )
     weights = [function.weight for function in rewards.settings.reward.functions.values()]
-    pending = rewards.score(chunks, weights)
+    pending = rewards.score(chunks, weights, held_out.reward)
     headers = gather([chunk.header for chunk in chunks], watch)  # first, as in `evaluate`
     scored = gather(pending)
     values = None
@@ -148,14 +148,15 @@ def judged(
     if that is None, of the first function whose route takes the problem.
 
     Args:
-        parts: [P, n * k] float64, the value of each function for each response.
+        parts: [P, n * k] float64, the value of each function for each response; with
+            held_out.reward only that function's, [1, n * k].
 
     Returns:
         [n, k] for n problems with k responses each.
     """
     by_problem = parts.reshape(len(parts), -1, held_out.samples)
     if held_out.reward is not None:
-        return by_problem[list(functions).index(held_out.reward)]
+        return by_problem[0]
     judges = judges_of(held_out.prompts, functions)
     rows = [judges.get(prompt.uid, 0) for prompt in held_out.prompts]
     return by_problem[rows, np.arange(len(rows))]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from hybridrl.core.errors import DataError
-from hybridrl.data.layouts import listed
+from hybridrl.data.layouts import as_messages, listed
 from hybridrl.data.problem import Problem
 from hybridrl.data.row_files import Unreadable
 from hybridrl.settings.sources import ROW_KEYS
@@ -65,10 +65,18 @@ def _read_instead(key: str, row: Mapping[str, Any]) -> str | None:
     first = next((names for names in present if names), [])
     if not first or key in first:
         return None
-    if key == "prompt":  # a text or a single message uses the row's prompt
-        conversation = isinstance(row[first[0]], list) and len(row[first[0]]) > 1
-        return first[0] if conversation else None
+    # A text, a single message or a list that the assistant begins uses the row's prompt.
+    if key == "prompt" and not _is_whole(row[first[0]]):
+        return None
     return first[0]
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a key of the row holds a conversation that contains its prompt."""
+    messages = as_messages(value)
+    if not isinstance(messages, list) or len(messages) < 2:
+        return False
+    return not isinstance(messages[0], dict) or messages[0].get("role") != "assistant"
 
 
 def not_json(value: Any) -> str | None:

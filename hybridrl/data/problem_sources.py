@@ -10,10 +10,10 @@ from itertools import chain, zip_longest
 
 from hybridrl.core.errors import ConfigError, DataError
 from hybridrl.data import countdown_puzzles as countdown
-from hybridrl.data import records
+from hybridrl.data import reasoning_gym_tasks, records
 from hybridrl.data.problem import SOURCE, Problem
 from hybridrl.settings.run import DataConfig
-from hybridrl.settings.sources import ProblemsConfig
+from hybridrl.settings.sources import GENERATORS, ProblemsConfig
 
 log = logging.getLogger(__name__)
 
@@ -72,22 +72,32 @@ def load_source(
     Raises:
         ConfigError, DataError: as load_problems, about the settings of `data`.
     """
-    if source.task == "countdown":
-        return countdown.load(source.options, num_train, num_heldout, seed)
-    if source.task == "reasoning_gym":
-        # Importing the library takes seconds, and most runs do not need it.
-        from hybridrl.data import reasoning_gym_tasks
-
-        assert source.dataset is not None, "the settings check it"
-        return reasoning_gym_tasks.load(
-            source.dataset, source.options, num_train, num_heldout, seed
-        )
+    if source.task in GENERATORS:
+        train, heldout = _generated(source, seed, num_train, num_heldout)
+        if len(train) < num_train:
+            log.warning(
+                "data.num_train=%d: %s gave only %d different problems, over which an epoch "
+                "passes; widen its options for more",
+                num_train,
+                source.dataset or source.task,
+                len(train),
+            )
+        return train, heldout
     assert source.path is not None, "the settings check it"
-    heldout: list[Problem] = []
+    heldout = []
     if source.heldout_path is not None:
         heldout = records.load(source.heldout_path, "heldout", source.revision, source.columns)
         heldout = heldout[:num_heldout]
     return records.load(source.path, "train", source.revision, source.columns), heldout
+
+
+def _generated(
+    source: ProblemsConfig, seed: int, num_train: int, num_heldout: int
+) -> tuple[list[Problem], list[Problem]]:
+    if source.task == "countdown":
+        return countdown.load(source.options, num_train, num_heldout, seed)
+    assert source.dataset is not None, "the settings check it"
+    return reasoning_gym_tasks.load(source.dataset, source.options, num_train, num_heldout, seed)
 
 
 def of_source(name: str, problem: Problem) -> Problem:

@@ -119,7 +119,8 @@ def _dataset(
             if saved
             else datasets.load_dataset(name, config, revision=revision)
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    # A dataset with a loading script is a RuntimeError.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if not saved and Path(name).is_dir():
             _name_bad_file(Path(name))
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
@@ -129,7 +130,9 @@ def _dataset(
             f"{path}: no dataset can be read there: {reason}; correct the path, or give one file "
             "of it"
         ) from error
-    splits = loaded if isinstance(loaded, dict) else {split: loaded}
+    splits = loaded if isinstance(loaded, dict) else {str(loaded.split or ""): loaded}
+    if split and "" in splits:
+        raise DataError(f"{path}: the dataset was saved without splits; write {name}")
     if not split and len(splits) == 1:
         split = next(iter(splits))
     if split not in splits:

@@ -52,6 +52,8 @@ class AnswerJob:
     prompts: Sequence[Prompt]
     decoding: Decoding
     out: Path
+    reward: str | None = None
+    """The reward function that is called; None: all of them."""
     conditions: Mapping[str, Any] = field(default_factory=dict)
     """What the rows depend on besides the model, the prompts and the sampling."""
 
@@ -122,7 +124,11 @@ def write_answers(
         Preempted: a signal ended it.
     """
     answering = Answering(
-        engines.rollout, engines.rewards, model.tokenizer(), check=preemption.check
+        engines.rollout,
+        engines.rewards,
+        model.tokenizer(),
+        only=job.reward,
+        check=preemption.check,
     )
     waves = waves_of(job.prompts, prompts_per_wave(model, job.decoding), file.done)
     began = time.monotonic()

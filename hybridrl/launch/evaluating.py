@@ -92,7 +92,8 @@ def evaluate_model(
             prompts=problems.prompts,
             decoding=problems.decoding,
             out=folder / f"{problems.name}.jsonl",
-            conditions=conditions,
+            reward=problems.reward,
+            conditions=conditions | judge_of(problems),
         )
         for problems in sets
     ]
@@ -215,6 +216,13 @@ def judges_of(settings: RunSettings) -> dict[str, Any]:
         if key.startswith("reward.")
     }
     return functions | files
+
+
+def judge_of(problems: ProblemSet) -> dict[str, str]:
+    """The function that a set names; empty: it names none. The rows hold the values of no other."""
+    if problems.reward is None:
+        return {}
+    return {f"eval.sets.{problems.name}.reward": problems.reward}
 
 
 def values_of(statistics: SetStatistics) -> dict[str, Any]:

@@ -43,16 +43,6 @@ OTHER_FRAMEWORKS = {
 """Arguments of other frameworks' functions, and what replaces them."""
 
 
-def check_rewards(config: "RewardConfig") -> None:
-    """Load every configured function once, in a child process.
-
-    Raises:
-        ConfigError: names the first function that cannot be loaded.
-    """
-    with loaded_rewards(config):
-        pass
-
-
 @contextmanager
 def loaded_rewards(config: "RewardConfig", load_s: float = LOAD_S) -> Iterator[RewardPool | None]:
     """A pool of one child with every configured function loaded; None if there are no functions.

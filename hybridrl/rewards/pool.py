@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridrl.core.errors import ConfigError
 from hybridrl.rewards.child import Raised, RewardCall
+from hybridrl.rewards.load import BUILT_IN
 from hybridrl.rewards.process import ProcessEnded, RewardProcess
 from hybridrl.rewards.signature import Signature
 
@@ -60,7 +61,8 @@ class RewardPool:
         processes: number of children.
         timeout_s: deadline of one task, which is all sequences of a child or a single one.
         max_timeouts: share of a batch in [0, 1]; if more time out, the others are not run.
-        budget_s: time of one `call` after which no further task is started.
+        budget_s: time of one `call` after which no further task is started, nor a child waited for
+            that loads; the first task of each child is always run.
         load_s: time limit for a child to start and load the functions.
 
     Raises:
@@ -163,23 +165,32 @@ class RewardPool:
             )
             answers: list[list[Outcome] | Failure] = [skipped] * len(parts)
             if num_timeouts <= max_timeouts and time.monotonic() < end:
-                answers = self._answers(name, columns, parts)
+                answers = self._answers(name, columns, parts, end)
             for part, answer in zip(parts, answers, strict=True):
                 outcomes |= _spread(part, answer)
         return outcomes
 
     def _answers(
-        self, name: str, columns: dict[str, list[Any]], parts: list[range]
+        self,
+        name: str,
+        columns: dict[str, list[Any]],
+        parts: list[range],
+        end: float = math.inf,
     ) -> list[list[Outcome] | Failure]:
-        """The answer to each part, computed by the child of the same index; parts <= processes."""
-        refused = [self._send(i, name, columns, part) for i, part in enumerate(parts)]
-        end = time.monotonic() + self._timeout_s
+        """The answer to each part, computed by the child of the same index; parts <= processes.
+
+        Args:
+            end: the monotonic time until which the replacement of an ended child may load.
+        """
+        refused = [self._send(i, name, columns, part, end) for i, part in enumerate(parts)]
+        deadline = time.monotonic() + self._timeout_s
         return [
-            failure or self._receive(i, len(parts[i]), end) for i, failure in enumerate(refused)
+            failure or self._receive(i, len(parts[i]), deadline)
+            for i, failure in enumerate(refused)
         ]
 
     def _send(
-        self, i: int, name: str, columns: dict[str, list[Any]], part: range
+        self, i: int, name: str, columns: dict[str, list[Any]], part: range, end: float
     ) -> Failure | None:
         """Submit a part to process i, or to its replacement if it ended between two calls.
 
@@ -190,13 +201,17 @@ class RewardPool:
         reason = ""
         for _ in range(2):
             process = self._processes[i]
+            remaining = max(end - time.monotonic(), 0.0)
             try:
-                process.load(self._load_s)
+                process.load(min(self._load_s, remaining))
                 process.submit(name, len(part), keywords, self._timeout_s)
                 return None
             except ProcessEnded as error:
                 reason = f"the process ended before it accepted the call, twice: {error}"
             except TimeoutError:
+                if process.loaded is None and remaining < self._load_s:
+                    text = f"its process was still loading when {self._budget_s:g} s had passed"
+                    return Failure(kind=FailureKind.timeout, text=text)  # it goes on loading
                 reason = "the process did not accept the call, twice"
             self._replace(i)
         return Failure(kind=FailureKind.died, text=reason)
@@ -236,9 +251,14 @@ class RewardPool:
                     f"{self._load_s:g} s; import less, or raise deadlines.start_s"
                 ) from error
             except ProcessEnded as error:
+                own = any(call.function not in BUILT_IN for call in self._calls.values())
+                remedy = (
+                    "run the file by itself to see why"
+                    if own
+                    else "see its output, and lower reward.processes if memory ran out"
+                )
                 raise ConfigError(
-                    f"{field}: loading the reward functions ended their process; run the file by "
-                    "itself to see why"
+                    f"{field}: loading the reward functions ended their process ({error}); {remedy}"
                 ) from error
             assert process.loaded is not None
             for name, signature in process.loaded.items():

@@ -6,6 +6,7 @@ The child executes one call at a time and can be killed at any moment.
 import json
 import math
 from collections.abc import Mapping
+from signal import SIGKILL
 from typing import Any
 
 from hybridrl.core.plain_text import plain
@@ -30,6 +31,16 @@ FORGED = (
     "descriptors"
 )
 
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What reading a message raises that the child's own program did not write."""
+
 _context = BareContext()
 
 
@@ -42,6 +53,7 @@ class RewardProcess:
 
     def __init__(self, calls: Mapping[str, RewardCall]) -> None:
         self.loaded: dict[str, Signature | str] | None = None
+        self._names = tuple(calls)
         self._work, work = _context.Pipe()
         self._line, line = _context.Pipe()
         for connection in (self._work, self._line):
@@ -62,8 +74,8 @@ class RewardProcess:
             return
         try:
             message = json.loads(self._receive(timeout_s))
-            self.loaded = {name: _signature(entry) for name, entry in message.items()}
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            self.loaded = {name: _signature(message[name]) for name in self._names}
+        except UNREADABLE as error:
             raise ProcessEnded(FORGED) from error
         self._starter.join()  # it ended after it had started the guard
 
@@ -97,7 +109,7 @@ class RewardProcess:
                 text = plain(fields["text"], limit=MAX_CHARS)
                 return Raised(text=text, wrong_result=bool(fields["wrong_result"]))
             values = [_value(value) for value in fields["values"]]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except UNREADABLE as error:
             raise ProcessEnded(FORGED) from error
         if len(values) != num_sequences:
             raise ProcessEnded(FORGED)
@@ -129,9 +141,9 @@ class RewardProcess:
     def _ended(self) -> ProcessEnded:
         try:
             if self._line.poll(STUCK_S):
-                return ProcessEnded(
-                    f"the process ended with exit code {int(self._line.recv_bytes(100))}"
-                )
+                code = int(self._line.recv_bytes(100))
+                killed = ": it was killed, as when memory runs out" if code == -SIGKILL else ""
+                return ProcessEnded(f"the process ended with exit code {code}{killed}")
         except (OSError, EOFError, ValueError):
             pass
         return ProcessEnded("the process closed its connection, or its guard was killed")
@@ -141,9 +153,9 @@ def _signature(entry: Any) -> Signature | str:
     if isinstance(entry, str):
         return plain(entry, limit=MAX_CHARS)
     return Signature(
-        accepted=tuple(entry["accepted"]),
-        required=tuple(entry["required"]),
-        any_column=entry["any_column"],
+        accepted=tuple(map(str, entry["accepted"])),
+        required=tuple(map(str, entry["required"])),
+        any_column=bool(entry["any_column"]),
     )
 
 

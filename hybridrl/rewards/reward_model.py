@@ -82,7 +82,7 @@ class RewardModel:
 def check_reward_models(config: "RewardConfig", vocabulary: Mapping[str, int]) -> None:
     """Refuse a reward model whose tokenizer differs from the student's.
 
-    check_rewards must have loaded the reward model before, so its folder exists.
+    loaded_rewards must have loaded the reward model before, so its folder exists.
 
     Args:
         vocabulary: of the student's tokenizer.

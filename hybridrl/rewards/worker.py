@@ -18,7 +18,7 @@ from hybridrl.rewards.pool import LOAD_S, Failure, Outcome, RewardPool, reward_c
 from hybridrl.rewards.repetition import compressed_share, repeated_share
 from hybridrl.settings.choices import OnError
 from hybridrl.settings.rewards import FUNCTIONS_SHARE, RewardConfig
-from hybridrl.types import Bool, Rewards, RolloutBatch, Sample
+from hybridrl.types import Bool, FinishReason, Rewards, RolloutBatch, Sample
 
 logger = logging.getLogger(__name__)
 MOST_LOGGED = 10  # failures that are logged one by one, per function and batch
@@ -83,7 +83,9 @@ class RewardWorker:
     def ping(self) -> None:
         """Returns once the worker is built, with every function loaded."""
 
-    def score(self, batch: RolloutBatch, weights: Sequence[float]) -> Rewards:
+    def score(
+        self, batch: RolloutBatch, weights: Sequence[float], only: str | None = None
+    ) -> Rewards:
         """The weighted sum of all functions, for each of the N sequences.
 
         A function that returns None, or whose route does not take the prompt, does not apply to the
@@ -92,15 +94,25 @@ class RewardWorker:
         on_error=value gives it `reward.error_value`, and drop_group gives it NaN and excludes the K
         siblings. With watch_only a failed function adds 0, and no group is excluded.
 
+        A cancelled response, whose group is never trained on, reaches no function: its parts are
+        NaN, its sum is 0, and it is no error.
+
         Args:
             weights: [P] the weights of the functions at this step, in the order of
                 `config.functions`.
+            only: the function that is called, as if there were no others; None: all of them.
 
         Raises:
             RewardError: a function failed, or none applied, under on_error=fail.
         """
         failpoints.hit("reward.score", uid=batch.uids[0])
-        names = tuple(self.config.functions)
+        assert len(weights) == len(self.config.functions), (weights, self.config.functions)
+        weight_of = {
+            name: weight
+            for name, weight in zip(self.config.functions, weights, strict=True)
+            if only in (None, name)
+        }
+        names = tuple(weight_of)
         columns = self._columns(batch)
         outcomes = [self._call(name, batch, columns) for name in names]
         shape = (len(names), batch.num_sequences)  # [P, N]
@@ -109,14 +121,18 @@ class RewardWorker:
         ).reshape(shape)  # float64
         failed = np.array([[isinstance(o, Failure) for o in row] for row in outcomes], bool)
         failed = failed.reshape(shape)
-        assert len(weights) == len(names), (weights, names)
-        counted = np.array([f.weight != 0 for f in self.config.functions.values()], bool)  # [P]
+        counted = np.array([self.config.functions[name].weight != 0 for name in names], bool)  # [P]
         errors = failed[counted].any(axis=0)  # [N]
         if counted.any():
-            errors |= self._without_value(batch, np.isnan(parts[counted]).all(axis=0) & ~errors)
+            judged = np.array(
+                [reason is not FinishReason.aborted for reason in batch.finish_reasons]
+            )
+            without = np.isnan(parts[counted]).all(axis=0) & ~errors & judged
+            errors |= self._without_value(batch, without, only)
         # A function that does not apply adds 0. If a counted function failed, the sum is
         # meaningless and is replaced below.
-        values = np.asarray(weights, float)[counted] @ np.nan_to_num(parts[counted], nan=0.0)  # [N]
+        weighted = np.array([*weight_of.values()], float)[counted]
+        values = weighted @ np.nan_to_num(parts[counted], nan=0.0)  # [N]
         if not self.watch_only:
             replaced = self.config.error_value if self.config.on_error is OnError.value else np.nan
             values = np.where(errors, replaced, values)
@@ -180,8 +196,8 @@ class RewardWorker:
     def _call(
         self, name: str, batch: RolloutBatch, columns: Mapping[str, list[Any]]
     ) -> list[Outcome]:
-        """The outcomes [N] of one function, None if its route does not take the prompt. Failures
-        are logged.
+        """The outcomes [N] of one function, None if its route does not take the prompt or the
+        response was cancelled. Failures are logged.
 
         Raises:
             RewardError: a call failed, under on_error=fail.
@@ -191,7 +207,8 @@ class RewardWorker:
         routed = [
             i
             for i in range(batch.num_sequences)
-            if takes(function.route, batch.columns[i // batch.group_size])
+            if batch.finish_reasons[i] is not FinishReason.aborted
+            and takes(function.route, batch.columns[i // batch.group_size])
         ]
         if not routed:
             return [None] * batch.num_sequences
@@ -221,13 +238,14 @@ class RewardWorker:
         of_sequence = dict(zip(routed, called, strict=True))
         return [of_sequence.get(i) for i in range(batch.num_sequences)]
 
-    def _without_value(self, batch: RolloutBatch, rows: Bool) -> Bool:
+    def _without_value(self, batch: RolloutBatch, rows: Bool, only: str | None) -> Bool:
         """Log the sequences to which no function applies, and return `rows`.
 
         They count as errors, because a reward of 0 would be invented.
 
         Args:
             rows: [N] True for these sequences.
+            only: as in score.
 
         Raises:
             RewardError: there is such a sequence, under on_error=fail.
@@ -238,6 +256,9 @@ class RewardWorker:
         line = (
             f"no reward function applies to {uids[0]}: each one with a weight other than 0 "
             "returned None for it or has another route"
+            if only is None
+            else f"reward.functions.{only} does not apply to {uids[0]}: it returned None for it or "
+            "has another route"
         )
         if self.config.on_error is OnError.fail and not self.watch_only:
             raise RewardError(f"{line}; {len(uids)} such responses and reward.on_error=fail")

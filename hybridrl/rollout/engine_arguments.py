@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import Any, get_args
 
 from hybridrl.core.errors import ConfigError
+from hybridrl.core.plain_text import described
 from hybridrl.settings.rollout import RolloutConfig
 
 IMPORT_S = 120.0  # timeout of the child process, which imports vLLM
@@ -188,24 +189,34 @@ def ask_vllm(arguments: Mapping[str, Any], setting: str) -> Answer:
     Raises:
         ConfigError: the child process could not import vLLM.
     """
-    # The answer is the last line, since vLLM also logs to the standard output.
+    # With -P, files of the working directory do not replace modules of the same name; it imports
+    # from the folders from which this process does.
     try:
         child = subprocess.run(
-            [sys.executable, "-m", "hybridrl.rollout.engine_arguments"],
+            [sys.executable, "-P", "-m", "hybridrl.rollout.engine_arguments"],
             input=json.dumps(dict(arguments)),
             capture_output=True,
             text=True,
             timeout=IMPORT_S,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-            check=True,
+            env={
+                **os.environ,
+                "VLLM_LOGGING_LEVEL": "ERROR",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
+            check=False,
         )
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        problem = str(said).strip().splitlines()[-1]
+    except subprocess.TimeoutExpired as error:
         raise ConfigError(
-            f"{setting}: cannot be checked, because vLLM cannot be imported here ({problem}); "
-            "install it, or leave the setting out"
+            f"{setting}: cannot be checked, because importing vLLM takes more than {IMPORT_S:g} s "
+            "here; repeat the command, or leave the setting out"
         ) from error
+    if child.returncode != 0:
+        problem = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+        raise ConfigError(
+            f"{setting}: cannot be checked, because vLLM cannot be imported here ({problem[-1]}); "
+            "install it, or leave the setting out"
+        )
+    # The answer is the last line, since vLLM also logs to the standard output.
     return Answer(**json.loads(child.stdout.splitlines()[-1]))
 
 
@@ -228,6 +239,8 @@ def answer(arguments: Mapping[str, Any]) -> Answer:
             place = ".".join(str(part) for part in first["loc"])
             message = f"{place}: {first['msg']}" if place else first["msg"]
             refusals[name] = textwrap.shorten(message, MESSAGE, placeholder=" ...")
+        except Exception as error:  # the classes of vLLM's settings raise various exceptions
+            refusals[name] = textwrap.shorten(described(error), MESSAGE, placeholder=" ...")
     return Answer(names=names, refusals=refusals)
 
 
@@ -239,6 +252,7 @@ def typed(name: str, value: Any) -> Any:
 
     Raises:
         pydantic.ValidationError: the value does not have the argument's type.
+        Exception: the class of the argument raised it.
     """
     from pydantic import TypeAdapter
     from vllm import EngineArgs
@@ -246,7 +260,7 @@ def typed(name: str, value: Any) -> Any:
     hint = next(field.type for field in fields(EngineArgs) if field.name == name)
     if isinstance(hint, str):  # a type that is only imported for type checkers
         return value
-    for part in (hint, *get_args(hint)):
+    for part in (hint, *get_args(hint)) if isinstance(value, str) else ():
         if isinstance(part, type) and issubclass(part, Enum) and value in part.__members__:
             return part[value]
     # Settings are like JSON: a list may stand for a set, and a mapping for a config.

@@ -37,23 +37,30 @@ class RewardGroup(StatelessGroup):
         super().__init__(settings, slots, name="reward", arguments=of_all, log_dir=log_dir)
         self.num_alone = 0  # number of calls of score_one
 
-    def score(self, chunks: Sequence[Chunk], weights: Sequence[float]) -> list[Pending]:
+    def score(
+        self, chunks: Sequence[Chunk], weights: Sequence[float], only: str | None = None
+    ) -> list[Pending]:
         """Start one call per chunk of a wave: -> Rewards. The first worker gets the first chunk.
 
         Args:
             weights: weights of the reward functions at this step, in the order of reward.functions.
+            only: the function that is called; None: all of them.
         """
-        return [self._score(i % self.group.size, chunk, weights) for i, chunk in enumerate(chunks)]
+        return [
+            self._score(i % self.group.size, chunk, weights, only) for i, chunk in enumerate(chunks)
+        ]
 
-    def score_one(self, chunk: Chunk, weights: Sequence[float]) -> Pending:
+    def score_one(self, chunk: Chunk, weights: Sequence[float], only: str | None = None) -> Pending:
         """As `score`, for a single chunk; successive calls go to the workers in turn."""
         self.num_alone += 1
-        return self._score((self.num_alone - 1) % self.group.size, chunk, weights)
+        return self._score((self.num_alone - 1) % self.group.size, chunk, weights, only)
 
-    def _score(self, worker: int, chunk: Chunk, weights: Sequence[float]) -> Pending:
+    def _score(
+        self, worker: int, chunk: Chunk, weights: Sequence[float], only: str | None
+    ) -> Pending:
         # The deadline counts from the start of the wait for rewards, when the chunks are done.
         limit = self.settings.deadlines.reward_s
-        return self.group.submit(worker, "score", chunk.batch.ref, weights, deadline_s=limit)
+        return self.group.submit(worker, "score", chunk.batch.ref, weights, only, deadline_s=limit)
 
     def samples(self, chunk: Chunk, rewards: Pending, step: int, count: int) -> tuple[Sample, ...]:
         """Wait for the first `count` responses of a chunk as text."""

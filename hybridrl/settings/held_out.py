@@ -34,7 +34,9 @@ class HeldOutSetConfig:
     there are several samples
     """
     reward: str | None = None
-    """name of the reward function that judges the responses; null: the first one"""
+    """name of the reward function that judges the responses, and the only one that is called for
+    them; null: all are called, and the first one judges
+    """
 
     def temperature_of(self, *, greedy: bool, sampled: float) -> float:
         """The temperature, with null resolved.

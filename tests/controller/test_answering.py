@@ -111,7 +111,9 @@ def test_a_set_is_judged_by_the_first_function_that_takes_a_problem_or_by_its_ow
         replace(prompt("hard-1"), columns={"data_source": "code"}),
     ]
     held_out = HeldOutSet(name="hard", prompts=prompts, samples=2, temperature=1.0, reward=reward)
-    parts = np.array([[1.0, 2, 3, 4], [11, 12, 13, 14]])
+    called = [name for name in functions if reward in (None, name)]
+    values = {"sums": [1.0, 2, 3, 4], "code": [11.0, 12, 13, 14]}
+    parts = np.array([values[name] for name in called])
     assert judged(parts, held_out, functions).tolist() == expected
 
 

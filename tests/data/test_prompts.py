@@ -161,21 +161,6 @@ def test_a_rejected_countdown_response_has_the_same_numbers_and_another_value() 
         assert train == load_problems(config, seed=0)[0]
 
 
-def test_reasoning_gym_problems_carry_the_input_of_the_scorer() -> None:
-    import reasoning_gym
-
-    config = small(task="reasoning_gym", dataset="chain_sum", options={"max_terms": 3})
-    train, heldout = load_problems(config, seed=0)
-    assert not {p.prompt for p in train} & {p.prompt for p in heldout}
-    assert load_problems(config, seed=1)[1] == heldout and load_problems(config, seed=1)[0] != train
-    columns = train[0].columns
-    scorer = reasoning_gym.get_score_answer_fn(columns["reasoning_gym_dataset"])
-    assert scorer(columns["answer"], columns["reasoning_gym_entry"]) == 1.0
-    assert json.dumps(columns)
-    with pytest.raises(ConfigError, match=r"data\.dataset=chain_summ"):
-        load_problems(small(task="reasoning_gym", dataset="chain_summ"), seed=0)
-
-
 def test_jsonl_rows_become_problems_with_their_other_keys_as_columns(tmp_path: Path) -> None:
     (tmp_path / "a").write_text(
         '{"prompt": "6*7=", "answer": "42"}\n\n{"prompt": [{"role": "user", "content": "1+1="}], '

@@ -271,6 +271,24 @@ def test_data_columns_that_are_not_in_the_row_or_would_not_be_read_are_refused(
     assert message in refusal(tmp_path, "a.jsonl", json.dumps(row), **columns)
 
 
+@pytest.mark.parametrize("key", ["messages", "completion"])
+def test_a_conversation_that_the_assistant_begins_continues_a_renamed_prompt(
+    tmp_path: Path, key: str
+) -> None:
+    first, second, third = chat("?", "2", "and 2+2=?", "4")[1:]
+    sharegpt = [
+        {"from": "gpt", "value": "2"},
+        {"from": "human", "value": "and 2+2=?"},
+        {"from": "gpt", "value": "4"},
+    ]
+    for turns in ([first, second, third], sharegpt):
+        row = json.dumps({"question": "1+1=", key: turns})
+        path = write(tmp_path, "a.jsonl", row)
+        [problem] = load(path, "train", None, {"prompt": "question"})
+        assert problem.prompt == [{"role": "user", "content": "1+1="}, first, second]
+        assert problem.responses == ("4",)
+
+
 def test_data_columns_are_refused_where_no_rows_are_read_or_a_key_is_not_text() -> None:
     with pytest.raises(ConfigError, match=r"data\.columns=.*data\.task=countdown reads no rows"):
         DataConfig(columns={"prompt": "question"})
@@ -364,6 +382,32 @@ def test_columns_of_mixed_types_are_values_and_not_their_json(
     caplog.clear()
     first, _ = load(str(tmp_path / "rows" / "a.jsonl"), "train")
     assert first.prompt == "1+1=" and caplog.text == ""
+
+
+def test_a_saved_dataset_has_no_split_but_its_own(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": "1"}]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    datasets.Dataset.from_list(rows).save_to_disk(whole)
+    datasets.Dataset.from_list(rows, split="test").save_to_disk(part)
+    for path in (f"{whole}", f"{part}", f"{part}:test"):
+        assert list(rows_of(path)) == [(1, {"prompt": "1"})]
+    with pytest.raises(DataError, match=rf"^{whole}:test: the dataset was .*; write {whole}$"):
+        rows_of(f"{whole}:test")
+    with pytest.raises(
+        DataError, match=rf"name one of its splits, e\.g\. {part}:test; it has test"
+    ):
+        rows_of(f"{part}:train")
+
+
+def test_a_dataset_with_a_loading_script_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "squad").mkdir()
+    write(tmp_path, "squad/squad.py", "import datasets\n")
+    with pytest.raises(
+        DataError, match=r"squad: no dataset can be read there: Dataset scripts are no longer supp"
+    ):
+        load(str(tmp_path / "squad"), "train")
 
 
 def test_messages_and_tools_of_a_table_have_no_keys_of_other_rows(tmp_path: Path) -> None:

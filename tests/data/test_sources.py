@@ -54,6 +54,30 @@ def test_held_out_rows_that_are_training_rows_too_are_counted_by_the_settings_of
         )
 
 
+def test_a_generator_that_has_fewer_problems_than_it_is_asked_for_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Two numbers of 1 to 2 give few equations, and prime_factorization has 19 questions here."""
+    config = DataConfig(num_train=500, num_heldout=2, options={"num_numbers": 2, "max_number": 2})
+    train, _ = load_problems(config, 0)
+    assert 0 < len(train) < 10
+    source = SourceConfig(
+        task="reasoning_gym",
+        dataset="prime_factorization",
+        options={"min_value": 2, "max_value": 20},
+    )
+    mixed = DataConfig(num_train=500, num_heldout=2, sources={"primes": source})
+    primes, heldout = load_problems(mixed, 0)
+    assert len(primes) == 19 - len(heldout) == 17
+    assert [message.partition(",")[0] for message in caplog.messages] == [
+        f"data.num_train=500: countdown gave only {len(train)} different problems",
+        "data.num_train=500: prime_factorization gave only 17 different problems",
+    ]
+    caplog.clear()
+    load_problems(DataConfig(num_train=5, num_heldout=2), 0)
+    assert caplog.text == ""
+
+
 def test_held_out_rows_that_are_training_rows_of_another_source_are_counted_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from hybridrl.core.errors import ConfigError
 from hybridrl.core.plain_text import described, plain
 from hybridrl.rewards import guard
 from hybridrl.rewards.pool import Failure, FailureKind, RewardCall, RewardPool
@@ -109,7 +111,7 @@ def forges_answers(completions):
     from multiprocessing.connection import Connection
     for item in gc.get_objects():
         if isinstance(item, Connection) and not item.closed:
-            item.send_bytes(b'{"values": [' + b"[" * 5000)
+            item.send_bytes(completions[0].encode())
     return [1.0] * len(completions)
 """
 
@@ -306,15 +308,71 @@ def test_a_value_whose_text_is_long_and_full_of_escapes_is_shown_short_and_escap
     assert outcome.text.isprintable() and len(outcome.text) < 400
 
 
-def test_a_forged_answer_fails_its_call_and_no_other(user_file: Path) -> None:
+@pytest.mark.parametrize(
+    "forged",
+    [
+        '{"values": [' + "[" * 5000,
+        '{"values": [' + "9" * 400 + "]}",
+        '{"text": [1], "wrong_result": false}',
+        '{"text": "no more"}',
+        "5",
+    ],
+    ids=["deep", "400 digits", "text of a number", "half", "number"],
+)
+def test_a_forged_answer_fails_its_call_and_no_other(user_file: Path, forged: str) -> None:
     pool = open_pool(user_file, "forges_answers")
     try:
-        (outcome,) = pool.call("forges_answers", {"completions": ["a"]})
-        (second,) = pool.call("forges_answers", {"completions": ["a"]})
+        (outcome,) = pool.call("forges_answers", {"completions": [forged]})
+        (second,) = pool.call("forges_answers", {"completions": [forged]})
     finally:
         pool.close()
     assert isinstance(outcome, Failure) and outcome.kind is FailureKind.died
     assert isinstance(second, Failure) and second.kind is FailureKind.died
+
+
+@pytest.mark.parametrize(
+    "forged",
+    ["{}", '{"forger": {}}', '{"forger": {"accepted": 5, "required": [], "any_column": true}}'],
+)
+def test_a_forged_signature_is_refused(tmp_path: Path, forged: str) -> None:
+    """The file writes it while it is loaded."""
+    (tmp_path / "own.py").write_text(
+        "import gc\nfrom multiprocessing.connection import Connection\n"
+        "for item in gc.get_objects():\n"
+        "    if isinstance(item, Connection) and not item.closed:\n"
+        f"        item.send_bytes({forged.encode()!r})\n"
+        "def forger(completions): return [1.0] * len(completions)\n"
+    )
+    with pytest.raises(ConfigError, match="the function disturbed the pipe that carries"):
+        open_pool(tmp_path / "own.py", "forger")
+
+
+def test_a_replaced_child_loads_within_the_time_of_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call of both responses ends its child, and the replacement's file is never loaded to its
+    end. Half a second of the call remains, by a clock that stands still, although a child may load
+    for an hour.
+    """
+    (tmp_path / "own.py").write_text(
+        "import os, threading\n"
+        f"mark = {str(tmp_path / 'loaded')!r}\n"
+        "if os.path.exists(mark):\n"
+        "    threading.Event().wait()\n"
+        "open(mark, 'w').close()\n"
+        "def ends(completions): os._exit(0)\n"
+    )
+    calls = {"ends": RewardCall(function=f"{tmp_path}/own.py:ends", options={})}
+    pool = RewardPool(
+        calls, processes=1, timeout_s=60.0, max_timeouts=1.0, budget_s=0.5, load_s=3600.0
+    )
+    monkeypatch.setattr("hybridrl.rewards.pool.time", SimpleNamespace(monotonic=lambda: 0.0))
+    try:
+        outcomes = pool.call("ends", {"completions": ["a", "b"]})
+    finally:
+        pool.close()
+    text = "its process was still loading when 0.5 s had passed"
+    assert outcomes == [Failure(kind=FailureKind.timeout, text=text)] * 2
 
 
 def printed_by(user_file: Path, name: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hybridrl.core.errors import ConfigError
-from hybridrl.rewards.check import check_rewards
+from hybridrl.rewards.check import loaded_rewards
 from hybridrl.rewards.load import load_reward
 from hybridrl.rewards.pool import Failure, Outcome, RewardCall, RewardPool
 from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
@@ -129,11 +129,15 @@ def test_neighbours_of_one_name_are_refused_where_a_file_would_import_the_wrong_
         )
         path = f"{tmp_path}/{folder}/own_{folder}.py:f"
         functions[folder] = RewardFunctionConfig(function=path)
-    with pytest.raises(
-        ConfigError,
-        match=r"reward\.functions\.b\.function=.*/b and .*/a both have words\.py, .*; rename one",
+    with (
+        pytest.raises(
+            ConfigError,
+            match=r"reward\.functions\.b\.function=.*/b and .*/a both have words\.py, .*; rename "
+            r"one",
+        ),
+        loaded_rewards(RewardConfig(functions=functions)),
     ):
-        check_rewards(RewardConfig(functions=functions))
+        pass
 
 
 ASYNC = """

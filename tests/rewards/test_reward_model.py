@@ -16,7 +16,7 @@ from hybridrl.objectives import make_objective
 from hybridrl.objectives.head_rule import head_rule
 from hybridrl.objectives.pairs import last_tokens
 from hybridrl.policy.student import Look, Student
-from hybridrl.rewards.check import check_rewards
+from hybridrl.rewards.check import loaded_rewards
 from hybridrl.rewards.load import load_reward
 from hybridrl.rewards.reward_model import RewardModel, check_reward_models
 from hybridrl.rewards.worker import RewardWorker
@@ -346,9 +346,12 @@ def test_a_folder_without_a_reward_model_is_refused_before_any_worker_starts(tmp
             "rm": RewardFunctionConfig(function="reward_model", options={"path": str(tmp_path)})
         }
     )
-    with pytest.raises(
-        ConfigError,
-        match=r"reward\.functions\.rm\.function=reward_model: options\.path=.*: holds no value "
-        r"head",
+    with (
+        pytest.raises(
+            ConfigError,
+            match=r"reward\.functions\.rm\.function=reward_model: options\.path=.*: holds no value "
+            r"head",
+        ),
+        loaded_rewards(config),
     ):
-        check_rewards(config)
+        pass

@@ -14,7 +14,7 @@ import pytest
 
 from hybridrl.core.errors import ConfigError, RewardError
 from hybridrl.launch.preparation import preflight
-from hybridrl.rewards.check import check_rewards
+from hybridrl.rewards.check import loaded_rewards
 from hybridrl.rewards.countdown import countdown
 from hybridrl.rewards.load import load_reward
 from hybridrl.rewards.maths import math
@@ -561,7 +561,11 @@ def test_a_function_that_cannot_be_loaded_is_a_config_error(
         (
             "import os; os._exit(1)",
             r"reward\.functions\.r\.function=.*: loading the reward functions ended their "
-            r"process; run the file by itself",
+            r"process \(the process ended with exit code 1\); run the file by itself",
+        ),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            r"\(the process ended with exit code -9: it was killed, as when memory runs out\); run",
         ),
     ],
 )
@@ -569,9 +573,10 @@ def test_an_error_of_loading_reaches_the_owner_of_the_child_process(
     source: str, sentence: str, tmp_path: Path
 ) -> None:
     (tmp_path / "own.py").write_text(source)
-    config = RewardFunctionConfig(function=f"{tmp_path}/own.py:f")
-    with pytest.raises(ConfigError, match=sentence):
-        check_rewards(RewardConfig(functions={"r": config}))
+    function = RewardFunctionConfig(function=f"{tmp_path}/own.py:f")
+    config = RewardConfig(functions={"r": function})
+    with pytest.raises(ConfigError, match=sentence), loaded_rewards(config):
+        pass
 
 
 def test_functions_that_load_for_too_long_are_refused_with_the_setting_that_gives_them_longer(
@@ -603,8 +608,12 @@ def test_an_option_that_the_function_does_not_take_is_a_config_error(user_file: 
 
 
 def test_a_valid_function_and_no_function_at_all_pass_the_check() -> None:
-    check_rewards(RewardConfig(functions={"a": RewardFunctionConfig(function="countdown")}))
-    check_rewards(RewardConfig())
+    with loaded_rewards(
+        RewardConfig(functions={"a": RewardFunctionConfig(function="countdown")})
+    ) as pool:
+        assert pool is not None and pool.signatures.keys() == {"a"}
+    with loaded_rewards(RewardConfig()) as pool:
+        assert pool is None
 
 
 # -- the worker ------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ not apply. A failure never becomes a silent 0.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from hybridrl.rewards.maths import math
 from hybridrl.rewards.worker import RewardWorker
 from hybridrl.settings.choices import OnError
 from hybridrl.settings.rewards import RewardConfig, RewardFunctionConfig
-from hybridrl.types import Rewards, RolloutBatch
+from hybridrl.types import FinishReason, Rewards, RolloutBatch
 from tests.support.batches import text_batch
 
 
@@ -94,6 +94,13 @@ def words(completions):
 def nowhere(completions):
     return [None] * len(completions)
 
+def raises(completions):
+    raise ValueError("it was called")
+
+def full(completions):
+    assert "" not in completions, completions
+    return [float(len(c)) for c in completions]
+
 def marks(completions):
     return [float(c.count("\\0")) for c in completions]
 """
@@ -126,6 +133,8 @@ def score(tmp_path: Path) -> Iterator[Score]:
         on_error: OnError = OnError.drop_group,
         watch_only: bool = False,
         skip_special_tokens: bool = True,
+        only: str | None = None,
+        cancelled: Sequence[int] = (),
     ) -> Rewards:
         config = RewardConfig(
             functions={
@@ -143,7 +152,13 @@ def score(tmp_path: Path) -> Iterator[Score]:
             config, "letters", watch_only=watch_only, load=lambda path, revision, eos: Letters()
         )
         workers.append(worker)
-        return worker.score(batch(*responses), list(functions.values()))
+        answered = batch(*responses)
+        reasons = [
+            FinishReason.aborted if i in cancelled else reason
+            for i, reason in enumerate(answered.finish_reasons)
+        ]
+        answered = replace(answered, finish_reasons=tuple(reasons))
+        return worker.score(answered, list(functions.values()), only)
 
     yield run
     for worker in workers:
@@ -181,6 +196,33 @@ def test_on_error_decides_about_a_response_to_which_no_function_applies(score: S
 def test_a_function_of_weight_0_that_does_not_apply_is_no_error(score: Score) -> None:
     rewards = score({"numbers": 1.0, "nowhere": 0.0}, "1")
     assert rewards.values.tolist() == [1.0] and not rewards.errors.any()
+
+
+def test_a_set_that_names_a_function_is_scored_by_no_other(score: Score) -> None:
+    """`raises` would end the run, and `words` would give the second response 10 points."""
+    functions = {"raises": 1.0, "numbers": 2.0, "words": 1.0}
+    rewards = score(functions, "1", "2", on_error=OnError.fail, only="numbers")
+    assert rewards.part_names == ("numbers",) and rewards.parts.tolist() == [[1.0, 1.0]]
+    assert rewards.values.tolist() == [2.0, 2.0] and not rewards.errors.any()
+    with pytest.raises(RewardError, match=r"reward\.functions\.numbers does not apply to p1: it"):
+        score(functions, "1", "word", on_error=OnError.fail, only="numbers")
+
+
+@pytest.mark.parametrize("functions", [{"full": 2.0}, {"full": 2.0, "nowhere": 1.0}])
+def test_a_cancelled_response_reaches_no_function_and_is_no_error(
+    score: Score, functions: dict[str, float]
+) -> None:
+    """Its text is empty, with which `full` fails; a function that returns None for all responses
+    would make it an error.
+    """
+    rewards = score(functions, "", "ab", "", on_error=OnError.fail, cancelled=[0, 2])
+    assert np.array_equal(rewards.parts[0], [np.nan, 2, np.nan], equal_nan=True)
+    assert rewards.values.tolist() == [0.0, 4.0, 0.0]
+    assert not rewards.errors.any() and rewards.keep.all()
+    all_cancelled = score(functions, "", "", on_error=OnError.fail, cancelled=[0, 1])
+    assert np.isnan(all_cancelled.parts).all() and not all_cancelled.errors.any()
+    with pytest.raises(RewardError, match="full failed on p0: raised: AssertionError"):
+        score(functions, "", "ab", on_error=OnError.fail)
 
 
 @pytest.mark.parametrize(("skip", "ends"), [(True, 0.0), (False, 1.0)])

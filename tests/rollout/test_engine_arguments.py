@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hybridrl.rollout.engine_arguments import (
     DECIDED_BY,
     FIXED,
     answer,
+    ask_vllm,
     check_engine_arguments,
     check_installed,
 )
@@ -77,6 +79,35 @@ def test_every_argument_that_the_run_decides_is_one_of_vllm():
 def test_values_are_compared_with_vllms_own_types(name: str, value: Any, refusal: str | None):
     message = answer({name: value}).refusals.get(name)
     assert message is None if refusal is None else (message or "").startswith(refusal)
+
+
+def test_a_value_that_a_class_of_vllm_cannot_read_is_refused_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A list names no backend. A class may also raise an exception that is not pydantic's."""
+    assert "attention_backend" in answer({"attention_backend": ["FLASH_ATTN"]}).refusals
+
+    def raises(name: str, value: Any) -> None:
+        raise NotImplementedError("not on this machine")
+
+    monkeypatch.setattr(engine_arguments, "typed", raises)
+    refusals = answer({"quantization": "fp8"}).refusals
+    assert refusals == {"quantization": "NotImplementedError: not on this machine"}
+
+
+def test_a_child_process_that_does_not_answer_is_reported_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first child says nothing but white space, the second one takes too long."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho '  ' >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(ConfigError, match=r"vLLM cannot be imported here \(exit code 3\); install"):
+        ask_vllm({"block_size": 16}, "rollout.engine")
+    monkeypatch.setattr(engine_arguments, "IMPORT_S", 0.0)
+    with pytest.raises(ConfigError, match=r"because importing vLLM takes more than 0 s here; rep"):
+        ask_vllm({"block_size": 16}, "rollout.engine")
 
 
 def test_without_vllm_no_engine_is_started_on_this_machine(monkeypatch: pytest.MonkeyPatch):

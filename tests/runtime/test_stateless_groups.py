@@ -31,11 +31,13 @@ class Recorder:
         self.size = len(slots)
         self.arguments = arguments
         self.unit = unit
+        self.submitted: list[tuple[Any, ...]] = []
 
     def members(self, index: int) -> range:
         return range(index, index + self.unit)
 
     def submit(self, index: int, method: str, ref: str, *args: Any, deadline_s: float) -> Pending:
+        self.submitted.append((method, *args))
         return Pending(ref=ref, worker=str(index), call=method, deadline_s=deadline_s)
 
     def submit_pair(self, index: int, method: str, ref: str, *, deadline_s: float):
@@ -71,6 +73,15 @@ def test_reward_workers_take_turns_over_chunks_that_come_alone_and_each_wave_beg
     assert places([group.score_one(chunk, [1.0]) for chunk in chunks("def")]) == "d0 e1 f0"
     assert places(group.score(chunks("gh"), [1.0])) == "g0 h1"
     assert places([group.score_one(chunk, [1.0]) for chunk in chunks("ij")]) == "i1 j0"
+
+
+def test_the_one_function_that_a_set_names_reaches_the_reward_workers():
+    group = RewardGroup(settings(), [Slot()], log_dir="logs")
+    [chunk] = chunks("a")
+    group.score([chunk], [1.0], "code")
+    group.score_one(chunk, [1.0], "code")
+    group.score_one(chunk, [1.0])
+    assert [only for _, _, only in group.group.submitted] == ["code", "code", None]
 
 
 @pytest.mark.parametrize(("devices", "expected"), [(1, "a0 b1 c2 d3 e0"), (2, "a0 b2 c0 d2 e0")])

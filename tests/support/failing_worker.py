@@ -61,7 +61,7 @@ class Judge:
 
     def __init__(self, **_: object) -> None: ...
 
-    def score(self, batch: str, weights: object) -> str:
+    def score(self, batch: str, weights: object, only: str | None) -> str:
         return batch
 
 
