@@ -74,7 +74,7 @@ def load_source(
     """
     if source.task in GENERATORS:
         train, heldout = _generated(source, seed, num_train, num_heldout)
-        if len(train) < num_train:
+        if 2 * len(train) < num_train:  # some repeated questions are usual
             log.warning(
                 "data.num_train=%d: %s gave only %d different problems, over which an epoch "
                 "passes; widen its options for more",

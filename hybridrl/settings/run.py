@@ -110,8 +110,8 @@ class DataConfig(ProblemsConfig):
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """several sources of problems, instead of the settings above, which are then refused"""
     num_train: int = 100000
-    """largest number of distinct training problems drawn from a generator, which may have fewer, as
-    a warning says; each epoch has them in a new order
+    """largest number of distinct training problems drawn from a generator, which may have fewer; a
+    warning says so below half of it; each epoch has them in a new order
     """
     num_heldout: int = 512
     """largest number of held-out problems in an evaluation, from each source"""
