@@ -95,3 +95,19 @@ def test_the_waves_of_two_sets_have_different_names_so_that_none_reuses_the_othe
             list(Answering(Engines(), None, None).answers(waves, decoding))
         names.append(asked.value.how["wave"])
     assert names == ["wave-0-7", "wave-0-8", "wave-0-7"], "an interrupted one has the same name"
+
+
+@pytest.mark.parametrize("reward", [None, "own"])
+def test_a_set_that_names_a_reward_function_calls_that_one_alone(reward: str | None):
+    calls = []
+
+    def score(chunks: Sequence[object], weights: Sequence[float], only: str | None) -> None:
+        calls.append(only)
+        raise InterruptedError
+
+    rewards = SimpleNamespace(settings=settings(), score=score)
+    engines = SimpleNamespace(generate=lambda prompts, **how: [])
+    own = HeldOutSet(name="own", prompts=PROMPTS, samples=1, temperature=0.0, reward=reward)
+    with pytest.raises(InterruptedError):
+        evaluate_set(own, engines, rewards, wave="eval-own-0", seed=0)
+    assert calls == [reward]
