@@ -31,7 +31,13 @@ from hybridrl.settings.compose import (
 )
 from hybridrl.settings.reference import commented
 from hybridrl.settings.run import RunSettings
-from hybridrl.settings.settings_file import load_settings, own_file
+from hybridrl.settings.settings_file import (
+    continued_run,
+    forced,
+    load_settings,
+    own_file,
+    saved_config,
+)
 
 if TYPE_CHECKING:
     from hybridrl.launch.warm_workers import WarmWorkers
@@ -165,7 +171,12 @@ def train_verb(arguments: Sequence[str]) -> int:
         return run(load_settings(rest, file))
     with ExitStack() as stack:
         base = [] if file is None else stack.enter_context(own_file(file))
-        if not dry and any(flag in rest for flag in ("-m", "--multirun")):
+        sweep = any(flag in rest for flag in ("-m", "--multirun"))
+        given = [a for a in rest if is_override(a)]
+        if file is None and not sweep and (saved := continued_run(given)) is not None:
+            base = stack.enter_context(saved_config(saved))
+            rest = [forced(a) if a in given else a for a in rest]
+        if not dry and sweep:
             run = warm_training(stack)
         return hydra_flags([*base, *rest], run)
 
@@ -268,6 +279,11 @@ def run_checks(settings: RunSettings) -> int:
     return 0
 
 
+def is_override(argument: str) -> bool:
+    """Whether an argument is KEY=VALUE or ~KEY and not a flag of Hydra or its value."""
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
+
+
 def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = run_training) -> int:
     """Let Hydra handle its flags: --help, --cfg, --info, --multirun.
 
@@ -281,7 +297,7 @@ def hydra_flags(arguments: Sequence[str], run: Callable[[RunSettings], int] = ru
     """
     import hydra
 
-    overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
+    overrides = [a for a in arguments if is_override(a)]
     flags = [a for a in arguments if a not in overrides]  # with their values
     check_flags(flags)
     sweep = Sweep(overrides, run)

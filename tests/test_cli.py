@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from hybridrl.cli import exit_status, hydra_flags, main
@@ -20,6 +21,7 @@ from hybridrl.run_dir.directory import find_checkpoint, run_directory
 from hybridrl.run_dir.ledger import Ledger
 from hybridrl.run_dir.saved_file import seal
 from hybridrl.settings.checkpointing import CheckpointConfig
+from hybridrl.settings.compose import load_config, to_yaml
 from hybridrl.settings.run import RunSettings
 from hybridrl.tracking.jsonl import JsonlSink
 from hybridrl.types import Files, RunInfo
@@ -417,3 +419,18 @@ def test_an_error_of_the_system_that_names_no_file_is_not_hidden():
 
     with pytest.raises(BrokenPipeError):
         exit_status(run)
+
+
+def test_hydra_shows_the_settings_with_which_a_run_would_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    given = ["experiment=quickstart", "algorithm=opd_full", f"run.dir={tmp_path}", "train.lr=0.25"]
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(given)))
+    arguments = ["train", f"run.dir={tmp_path}", "+teachers.main.weight=2", "--cfg", "job"]
+    assert main(arguments) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["train"]["lr"] == 0.25
+    assert shown["algorithm"]["support"] == "full"
+    assert shown["teachers"]["main"]["weight"] == 2

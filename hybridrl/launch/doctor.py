@@ -30,8 +30,8 @@ from packaging.specifiers import SpecifierSet
 from hybridrl.core.compiler import torch_compiler
 from hybridrl.launch.access import dashboards, ray_token, wandb_key
 from hybridrl.launch.finding import Finding, Level, fail, ok, warn
-from hybridrl.settings.compose import load_config
 from hybridrl.settings.run import RunSettings
+from hybridrl.settings.settings_file import load_settings
 from hybridrl.settings.sources import ProblemsConfig
 
 GIB = 2**30
@@ -55,13 +55,14 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         ConfigError: a setting is wrong.
+        RunDirectoryError: run.dir holds a run whose settings cannot be read.
     """
     directories = [a.partition("=")[2] for a in arguments if a.startswith("run.dir=")]
     run_dir = Path(directories[-1]).expanduser().absolute() if directories else Path.cwd()
     settings = None
     if len(directories) < len(arguments):
         directory = [] if directories else [f"run.dir={run_dir}"]
-        settings = load_config([*arguments, *directory])
+        settings = load_settings([*arguments, *directory])
     failed = False
     for finding in chain(findings(run_dir), sources(settings) if settings else ()):
         print(finding, flush=True)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -253,6 +254,11 @@ def folder_licence(model: ModelConfig) -> str | None:
         return None
     try:
         stated = ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
-    except (OSError, ValueError):  # somebody else's card, without usable front matter
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        yaml.YAMLError,
+    ):  # somebody else's card, without usable front matter
         return None
     return stated if isinstance(stated, str) else None

@@ -159,10 +159,18 @@ def settings_of(job: Submitted) -> tuple[str | None, list[str]]:
     Raises:
         ConfigError: its command is not `hybridrl train`.
     """
-    words = shlex.split(job.command)
-    if len(words) < 3 or words[1] != TRAIN[1] or Path(words[0]).name != TRAIN[0]:
+    try:
+        words = shlex.split(job.command)
+    except ValueError:  # a quote without its end
+        words = []
+    has_file = words[2:3] == ["--config"]
+    if (
+        len(words) < (4 if has_file else 3)
+        or words[1] != TRAIN[1]
+        or Path(words[0]).name != TRAIN[0]
+    ):
         raise ConfigError(f"--resume {job.id}: its command is not hybridrl train: {job.command}")
-    if words[2:3] == ["--config"]:
+    if has_file:
         return words[3], words[4:]
     return None, words[2:]
 
@@ -176,7 +184,9 @@ def check(overrides: Sequence[str], config: Path | None = None) -> None:
     Raises:
         ConfigError: a setting is wrong, or run.dir would be lost with the job.
     """
-    texts = overrides if config is None else [*overrides, config.read_text()]
+    texts = list(overrides)
+    if config is not None:  # load_settings refuses other bytes
+        texts.append(config.read_text(encoding="utf-8", errors="replace"))
     with placeholders(texts):
         run_dir = Path(load_settings(overrides, config).run.dir).expanduser()
     if not run_dir.is_absolute():
@@ -240,7 +250,7 @@ def jobs(arguments: Sequence[str]) -> int:
     followed.
 
     Raises:
-        ConfigError: there is no such job, or no cluster.
+        ConfigError: there is no such job, or no cluster, or an option needs an ID.
         ClusterLost: the dashboard ended while the job ran.
     """
     parser = argparse.ArgumentParser(
@@ -252,6 +262,9 @@ def jobs(arguments: Sequence[str]) -> int:
     parser.add_argument("--stop", action="store_true", help="save a checkpoint and end")
     parser.add_argument("--status", action="store_true", help="print its state and return")
     options = parser.parse_args(arguments)
+    if options.id is None and (options.stop or options.status):
+        option = "--stop" if options.stop else "--status"
+        raise ConfigError(f"{option}: give the ID of a job; `hybridrl jobs` lists them")
     cluster = Jobs(options.address)
     if options.id is None:
         for job in cluster.all():

@@ -235,10 +235,15 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for run in runs:
         rest = frozenset((k, v) for k, v in run.settings.items() if k not in PLACES)
         members.setdefault(rest if run.settings else run.name, []).append(run)
-    groups = zip(members.values(), cycle(PALETTE), strict=False)
+    of_runs = [[run.name for run in of_group] for of_group in members.values()]
+    names = [group_name(of) for of in of_runs]
+    names = [
+        name if names.count(name) == 1 else " + ".join(of)
+        for name, of in zip(names, of_runs, strict=True)
+    ]
+    groups = zip(names, members.values(), cycle(PALETTE), strict=False)
     return [
-        Group(name=group_name([run.name for run in of_group]), colour=colour, runs=tuple(of_group))
-        for of_group, colour in groups
+        Group(name=name, colour=colour, runs=tuple(of_group)) for name, of_group, colour in groups
     ]
 
 

@@ -17,6 +17,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from hybridrl.core.errors import ClusterLost, ConfigError
+from hybridrl.runtime.job_client_internals import TimedJobClient
 
 logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 
@@ -85,13 +86,18 @@ class Jobs:
             of this machine.
 
     Raises:
-        ConfigError: no dashboard answers there, or it refuses the token.
+        ConfigError: that is no such address, no dashboard answers there, or it refuses the token.
     """
 
     def __init__(self, address: str | None = None) -> None:
         self.address = address or os.environ.get(ADDRESS_VARIABLE) or ADDRESS
-        with self._asking():
-            self._client = JobSubmissionClient(self.address)
+        if not self.address.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"--address {self.address}: must be http(s)://HOST:PORT of the dashboard, which is "
+                "usually at port 8265"
+            )
+        with self._asking(), address_variable(self.address):
+            self._client = TimedJobClient(self.address)
 
     def submit(self, job: Job) -> str:
         """Start a job; returns its id.
@@ -150,7 +156,7 @@ class Jobs:
         """Turn each error of Ray's client into a ConfigError of one sentence."""
         try:
             yield
-        except (ConnectionError, requests.ConnectionError) as error:
+        except (ConnectionError, requests.ConnectionError, requests.Timeout) as error:
             raise ConfigError(
                 f"--address {self.address}: no Ray dashboard answers there; start the cluster, "
                 "open a tunnel to its head (ssh -L 8265:127.0.0.1:8265 HEAD), or give the address"
@@ -162,6 +168,27 @@ class Jobs:
             ) from error
         except RuntimeError as error:
             raise ConfigError(f"--address {self.address}: {refusal(error)}") from error
+        except (requests.RequestException, KeyError) as error:  # e.g. a page for a login
+            raise ConfigError(
+                f"--address {self.address}: what answers there is no Ray dashboard "
+                f"({refusal(error)})"
+            ) from error
+
+
+@contextmanager
+def address_variable(address: str) -> Iterator[None]:
+    """Set RAY_API_SERVER_ADDRESS within the block: Ray's client takes the address of that variable,
+    or of RAY_ADDRESS, in place of the one that it is given.
+    """
+    before = os.environ.get(ADDRESS_VARIABLE)
+    os.environ[ADDRESS_VARIABLE] = address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ADDRESS_VARIABLE]
+        else:
+            os.environ[ADDRESS_VARIABLE] = before
 
 
 class Output:

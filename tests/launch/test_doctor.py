@@ -20,7 +20,7 @@ from hybridrl.cli import main
 from hybridrl.launch import access, doctor
 from hybridrl.launch.doctor import GIB
 from hybridrl.launch.finding import Finding, Level, ok
-from hybridrl.settings.compose import load_config
+from hybridrl.settings.compose import load_config, to_yaml
 
 OK = Level.ok
 WARN = Level.warn
@@ -306,6 +306,19 @@ def test_every_model_and_data_set_of_the_settings_is_looked_for():
     assert [finding.name for finding in doctor.sources(alone)] == [
         "model.path=builtin:countdown-student"
     ]
+
+
+def test_settings_beside_the_directory_of_a_run_are_on_top_of_those_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = ["experiment=quickstart", f"run.dir={tmp_path}", "train.steps=7"]
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(given)))
+    checked = []
+    monkeypatch.setattr(doctor, "findings", lambda run_dir: ())
+    monkeypatch.setattr(doctor, "sources", lambda settings: checked.append(settings) or ())
+    assert doctor.main([f"run.dir={tmp_path}", "checkpoint.every=5"]) == 0
+    [settings] = checked
+    assert (settings.train.steps, settings.checkpoint.every) == (7, 5)
 
 
 def test_the_exit_status_is_one_where_anything_fails(

@@ -1,6 +1,7 @@
 """`hybridrl export --push` and its model card, against a local stand-in of the hub."""
 
 import hashlib
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 
 from hybridrl.cli import main
-from hybridrl.launch.hub_upload import HubUpload
+from hybridrl.launch.hub_upload import HubUpload, folder_licence
+from hybridrl.models.loading import resolve
 from hybridrl.report.model_card import RunCard
+from hybridrl.settings.models import ModelConfig
 from hybridrl.tracking.jsonl import METRICS
 from tests.run_dir.test_directory import settings_of
 from tests.support.hub import LocalHub, running
@@ -198,3 +201,16 @@ def test_the_front_matter_of_adapters_names_their_base_its_licence_and_the_data_
 def test_options_of_a_push_are_refused_without_it(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert main(["export", str(tmp_path), "--public"]) == 2
     assert "--public: has no effect without --push OWNER/NAME" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("front_matter", "licence"),
+    [("license: mit", "mit"), ("license: mit: x", None), ("license:\tmit\n\t- a", None)],
+)
+def test_a_folders_model_card_with_malformed_front_matter_states_no_licence(
+    tmp_path: Path, front_matter: str, licence: str | None
+):
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("builtin:countdown-student"), folder)
+    (folder / "README.md").write_text(f"---\n{front_matter}\n---\nA model.\n")
+    assert folder_licence(ModelConfig(path=str(folder))) == licence

@@ -3,7 +3,11 @@ end.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 from ray.job_submission import JobDetails, JobStatus
 
 from hybridrl.core.errors import ClusterLost, ConfigError
-from hybridrl.launch.submission import check, job_of, parsed, settings_of, variables
+from hybridrl.launch.submission import check, job_of, jobs, parsed, settings_of, variables
 from hybridrl.runtime.jobs import Jobs, Output, Submitted, exit_status
 
 QUICKSTART = ["experiment=quickstart", "run.dir=/shared/runs/a"]
@@ -272,6 +276,92 @@ class HasNoJob:
 
 
 def test_a_job_that_does_not_exist_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybridrl.runtime.jobs.JobSubmissionClient", lambda address: HasNoJob())
+    monkeypatch.setattr("hybridrl.runtime.jobs.TimedJobClient", lambda address: HasNoJob())
     with pytest.raises(ConfigError, match=r"^--address http://head:8265: .*Job typo does not exis"):
         Jobs("http://head:8265").follow("typo")
+
+
+@contextmanager
+def answering(status: int, body: str, *, silent: bool = False) -> Iterator[str]:
+    """The address of a server that gives every request this answer, or with `silent` none."""
+    ended = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if silent:
+                ended.wait()
+                return
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        ended.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_a_given_address_takes_precedence_over_the_variables_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with answering(502, "bad gateway") as other:
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", other)
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+        with pytest.raises(ConfigError, match=r"127\.0\.0\.1:1: no Ray dashboard answers there"):
+            Jobs("http://127.0.0.1:1")
+        assert os.environ["RAY_API_SERVER_ADDRESS"] == other
+        with pytest.raises(ConfigError, match="is no Ray dashboard"):
+            Jobs()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(502, "bad gateway"), (200, "<html>Please log in.</html>"), (200, "{}")],
+)
+def test_a_server_that_is_no_dashboard_is_one_sentence(status: int, body: str) -> None:
+    with answering(status, body) as address:
+        with pytest.raises(ConfigError, match=f"--address {address}: what answers there is no R"):
+            Jobs(address)
+
+
+def test_a_dashboard_that_is_silent_is_not_waited_for_without_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hybridrl.runtime.job_client_internals.ANSWER_S", 0.05)
+    with answering(200, "", silent=True) as address:
+        with pytest.raises(ConfigError, match="no Ray dashboard answers there"):
+            Jobs(address)
+
+
+def test_an_address_that_is_not_one_of_http_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--address head:6379: must be http\(s\)://HOST:PORT"):
+        Jobs("head:6379")
+
+
+@pytest.mark.parametrize("command", ["echo it's", "hybridrl train --config", "ls"])
+def test_a_job_that_is_no_training_is_not_resumed(command: str) -> None:
+    with pytest.raises(ConfigError, match=r"--resume a: its command is not hybridrl train: "):
+        settings_of(submitted(command))
+
+
+@pytest.mark.parametrize("option", ["--stop", "--status"])
+def test_an_option_about_one_job_needs_its_id(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option}: give the ID of a job"):
+        jobs([option, "--address", "http://127.0.0.1:1"])
+
+
+def test_a_file_of_settings_that_is_no_utf_8_is_refused_with_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(b"run: {dir: /\xff}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        check([], file)

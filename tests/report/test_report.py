@@ -305,6 +305,15 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve_with_a_band(tmp_path
     ]
 
 
+def test_groups_whose_runs_have_the_same_first_letters_have_different_names(tmp_path):
+    """Two learning rates with two seeds each, in the folders of the jobs of a sweep."""
+    for number in range(4):
+        config = {"run": {"dir": f"s-{number}", "seed": number % 2}, "train": {"lr": number // 2}}
+        write_run(tmp_path / f"s-{number}", [{"train/step": 0, "eval/accuracy": 0.5}], config)
+    groups = group_runs(load_runs([tmp_path / f"s-{number}" for number in range(4)]))
+    assert [group.name for group in groups] == ["s-0 + s-1", "s-2 + s-3"]
+
+
 def test_runs_without_settings_are_no_group(tmp_path):
     paths = write_seeds(tmp_path)[:2]
     for path in paths:

@@ -6,6 +6,7 @@ again, then change VERSION.
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import pytest
 import ray
 from ray._private import services, worker
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.dashboard.modules import dashboard_sdk
+from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, placement_group_table
 
@@ -98,3 +101,10 @@ def test_a_call_after_the_end_of_ray_starts_no_other_ray():
     call = "import hybridrl.runtime.calls as calls; calls.ray.wait([calls.ray.ObjectRef.nil()])"
     ended = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
     assert ended.returncode == 1 and "Ray has not been started yet" in ended.stderr, ended.stderr
+
+
+def test_rays_client_of_jobs_sends_each_request_by_the_method_that_gets_a_time_limit():
+    call = "requests.request("
+    whole = inspect.getsource(dashboard_sdk)
+    assert 1 <= inspect.getsource(SubmissionClient._do_request).count(call) == whole.count(call)
+    assert not re.search(r"requests\.(get|post|put|delete|Session)\b", whole)
