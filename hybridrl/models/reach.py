@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub import HfApi, get_session, get_token, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hybridrl.models.loading import BUILTIN, why_missing
+from hybridrl.models.loading import BUILTIN, HUB_FILES, why_missing
 
 LIMIT_S = 10.0
 """Longest wait for an answer of the hub, in seconds."""
@@ -54,8 +54,12 @@ def reach(
 
 
 def _cached(path: str, revision: str | None, kind: str) -> Reach:
+    # The cache has only those files of a model that loading downloads.
+    files = list(HUB_FILES) if kind == "model" else None
     try:
-        snapshot_download(path, revision=revision, repo_type=kind, local_files_only=True)
+        snapshot_download(
+            path, revision=revision, repo_type=kind, allow_patterns=files, local_files_only=True
+        )
     except HFValidationError as error:
         return Reach(reached=False, text=f"is not a valid name on the hub: {error}")
     except LocalEntryNotFoundError:
@@ -67,6 +71,7 @@ def _cached(path: str, revision: str | None, kind: str) -> Reach:
 
 def _on_hub(path: str, revision: str | None, api: HfApi, kind: str) -> Reach:
     token = "with the token at hand" if api.token or get_token() else "without a token"
+    get_session().timeout = LIMIT_S  # auth_check takes no limit
     try:
         info = api.repo_info(path, revision=revision, repo_type=kind, timeout=LIMIT_S)
         api.auth_check(path, repo_type=kind)

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from hybridrl.batch.views import per_token, response_grid, response_ids, response_rows
+from hybridrl.core.errors import ConfigError
 from hybridrl.data.route import takes
 from hybridrl.kernels.token_columns import TokenColumns
 from hybridrl.objectives.advantages.advantage import ReturnGrid
@@ -155,20 +156,34 @@ class HybridObjective:
         )
 
     def _advantages(self, returns: Tensor, mask: Tensor, batch: ScoredBatch) -> Tensor:
-        """[N, T] returns above their baseline."""
+        """[N, T] returns above their baseline; 0 in dropped groups, whose rewards may be NaN and
+        which the estimator does not get.
+        """
+        keep = torch.from_numpy(batch.rewards.keep.copy())
+        if not keep.any():
+            return torch.zeros_like(returns)
         values = torch.zeros_like(returns)
         if self.advantage.needs_values:
             assert batch.learner_values is not None, "an estimator that needs values gets them"
             values[mask] = torch.from_numpy(batch.learner_values).to(values.dtype)
-        group_size = batch.rollout.group_size
-        grid = ReturnGrid(returns=returns, values=values, mask=mask, group_size=group_size)
+        grid = ReturnGrid(
+            returns=returns[keep],
+            values=values[keep],
+            mask=mask[keep],
+            group_size=batch.rollout.group_size,
+        )
         advantages = self.advantage.advantages(grid, self.config)
-        assert advantages.shape == mask.shape, (advantages.shape, mask.shape)
-        return advantages.to(returns.dtype)
+        assert advantages.shape == grid.mask.shape, (advantages.shape, grid.mask.shape)
+        whole = torch.zeros_like(returns)
+        whole[keep] = advantages.to(returns.dtype)
+        return whole
 
     def token_weight(self, batch: ScoredBatch, plan: UpdatePlan) -> Tensor:
         """[R] the weight of each token; 0 for dropped groups. With ratio.level=sequence it includes
         the importance ratio of the sequence.
+
+        Raises:
+            ConfigError: a user's function gave a weight that is negative or not finite.
         """
         rollout = batch.rollout
         mask = response_grid(rollout)  # [N, T]
@@ -182,6 +197,14 @@ class HybridObjective:
         )
         keep = torch.from_numpy(batch.rewards.keep.copy())[:, None]
         weight = torch.where(keep, self.weight_of_tokens(counts).broadcast_to(mask.shape), 0.0)
+        wrong = mask & ~(weight.isfinite() & (weight >= 0))
+        if wrong.any():  # such a token would be left out of training
+            sequence, token = wrong.nonzero()[0].tolist()
+            raise ConfigError(
+                f"algorithm.token_weight={self.config.token_weight}: returned "
+                f"{weight[sequence, token]:g} for token {token} of a response of "
+                f"{mask[sequence].sum()} tokens; return finite weights of 0 or more"
+            )
         if by_sequence(self.config):
             weight = weight * self._sequence_ratio(batch)[0][:, None]
         return weight[mask].to(torch.from_numpy(rollout.rollout_logprobs[:0].copy()).dtype)
@@ -270,9 +293,10 @@ class HybridObjective:
 
     def _overlong_penalty(self, rollout: RolloutBatch) -> Tensor:
         """[N] 0 up to max - buffer tokens, then falling linearly to -1 at max (DAPO, arXiv
-        2503.14476, equation 13).
+        2503.14476, equation 13). Observations count, as they do for rollout.max_new_tokens.
         """
-        lengths = torch.from_numpy(rollout.response_lengths.copy()).double()
+        prompts = np.repeat(rollout.prompt_lengths, rollout.group_size)
+        lengths = torch.from_numpy(np.diff(rollout.offsets) - prompts).double()
         free = self.max_new_tokens - self.config.overlong_buffer
         return ((free - lengths) / self.config.overlong_buffer).clamp(-1.0, 0.0)
 

@@ -32,7 +32,8 @@ class TeacherModel(Protocol):
         """[B, T, H]: the state at t, times head^T, gives the logits of the token at t + 1.
 
         Args:
-            input_ids, attention_mask, position_ids: [B, T] int64; the mask is 0 in the padding.
+            input_ids, attention_mask, position_ids: [B, T] int64, on the device of the scorer, on
+                which the states must be too; the mask is 0 in the padding.
         """
         ...
 

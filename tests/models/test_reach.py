@@ -11,12 +11,19 @@ from huggingface_hub import HfApi
 
 from hybridrl.models.reach import reach
 
+ENDED = threading.Event()
+"""The test is over."""
+
 
 class Hub(BaseHTTPRequestHandler):
-    """A stand-in for the hub with org/open and org/gated, which answers as the real one does."""
+    """A stand-in for the hub with org/open and org/gated, which answers as the real one does, and
+    org/silent, about whose accessibility it says nothing.
+    """
 
     def do_GET(self) -> None:
-        if self.path.startswith("/api/models/org/open"):
+        if self.path.startswith("/api/models/org/silent/auth-check"):
+            ENDED.wait()
+        elif self.path.startswith(("/api/models/org/open", "/api/models/org/silent")):
             self.answer(200, {"id": "org/open", "sha": "0123456789abcdef", "siblings": []})
         elif self.path.startswith("/api/models/org/gated/auth-check"):
             self.answer(403, {"error": "restricted"}, code="GatedRepo")
@@ -42,7 +49,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HfApi]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        ENDED.clear()
         yield HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token=False)
+        ENDED.set()
         server.shutdown()
 
 
@@ -74,6 +83,14 @@ def test_an_unavailable_model_is_reported_with_the_reason(hub: HfApi, path: str,
     assert not result.reached and reason in result.text
 
 
+def test_a_hub_that_falls_silent_is_not_waited_for_without_a_limit(
+    hub: HfApi, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("hybridrl.models.reach.LIMIT_S", 0.05)
+    result = reach("org/silent", None, api=hub)
+    assert not result.reached and "the hub does not answer" in result.text
+
+
 def test_a_hub_that_does_not_answer_is_reported(hub: HfApi):
     result = reach("org/open", None, api=HfApi(endpoint="http://127.0.0.1:9", token=False))
     assert not result.reached and "the hub does not answer" in result.text
@@ -88,12 +105,20 @@ def test_a_folder_without_a_config_is_not_a_model(tmp_path: Path):
 def test_a_cached_model_or_data_set_is_reached_without_the_hub(
     hub: HfApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ):
-    """A data set has no config.json; loading, too, uses the cache while the hub is down."""
+    """A data set has no config.json; loading, too, uses the cache while the hub is down. Of a model
+    it downloads neither the README nor other files that it does not need.
+    """
     repository = tmp_path / f"{kind}s--org--cached"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123")
     (repository / "snapshots" / "0123").mkdir(parents=True)
     (repository / "snapshots" / "0123" / "file").write_text("")
+    if kind == "model":
+        files = {name: {"size": 2, "blob_id": "0" * 40} for name in ("config.json", "README.md")}
+        (repository / "trees").mkdir()
+        listing = {"format_version": 1, "files": files}
+        (repository / "trees" / "0123.json").write_text(json.dumps(listing))
+        (repository / "snapshots" / "0123" / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     unreachable = HfApi(endpoint="http://127.0.0.1:9", token=False)
     result = reach("org/cached", None, api=unreachable, kind=kind)

@@ -132,6 +132,21 @@ def test_the_response_grid_read_row_by_row_is_batch_order():
     assert filled.tolist() == [[5, 0, 0], [6, 7, 8]]
 
 
+def test_the_overlong_penalty_counts_observations_as_the_limit_does():
+    """At most 16 tokens, the last 12 of which are penalised: with 10 tokens by 1/2, with 16 by 1.
+    Eight tokens of each response are an observation.
+    """
+    batch = make_batch([((1,), [(5,) * 10, (6,) * 16])])
+    written = batch.response_mask.copy()
+    for start in (2, 13):  # the second token of each response
+        written[start : start + 8] = False
+    batch = replace(batch, response_mask=written)
+    own = objective(teachers=0, baseline="none", overlong_buffer=12)
+    scored = ScoredBatch(rollout=batch, scores=(), rewards=make_rewards(batch, [0.0, 0.0]))
+    costs = own.credit(scored, make_plan(batch, reward_weight=1.0)).columns.sparse
+    assert costs.tolist() == [0.5] * 2 + [1.0] * 8
+
+
 def test_normalisers_are_of_the_global_batch():
     plan = make_plan(SHORT_AND_LONG, num_tokens=40, num_sequences=5, num_groups=3)
     scored = ScoredBatch(

@@ -56,6 +56,46 @@ def test_a_users_token_weight_weighs_the_tokens(tmp_path: Path) -> None:
     assert weight.tolist() == pytest.approx([0.1, 0.09, 0.1, 0.1, 0.09])
 
 
+def test_a_users_estimator_does_not_get_the_groups_that_are_dropped(tmp_path: Path) -> None:
+    """The reward of the second group failed. The first one's returns are -1 and -3, so this
+    estimator subtracts -2.
+    """
+    file = write_file(
+        tmp_path,
+        "from hybridrl.objectives.advantages.advantage import Advantage\n"
+        "class OfBatch(Advantage):\n"
+        "    def advantages(self, grid, algorithm):\n"
+        "        return grid.returns - grid.returns.mean()\n",
+    )
+    batch = make_batch([((1,), [(5,), (6,)]), ((1,), [(7,), (8,)])])
+    objective = HybridObjective(AlgorithmConfig(advantage=f"{file}:OfBatch"), 16, kinds=[])
+    rewards = make_rewards(batch, [1.0, 3.0, np.nan, 5.0], keep=[True, True, False, False])
+    scored = ScoredBatch(rollout=batch, scores=(), rewards=rewards)
+    assert objective.credit(scored, make_plan(batch)).columns.sparse.tolist() == [1.0, -1.0, 0, 0]
+    none = make_rewards(batch, [np.nan] * 4, keep=[False] * 4)
+    scored = ScoredBatch(rollout=batch, scores=(), rewards=none)
+    assert objective.credit(scored, make_plan(batch)).columns.sparse.tolist() == [0.0] * 4
+
+
+def test_a_users_token_weight_that_becomes_negative_on_a_long_response_is_an_error(
+    tmp_path: Path,
+) -> None:
+    """The weight is 1 - 0.25 position, so the sixth token has -0.25. A trial has three tokens."""
+    file = write_file(
+        tmp_path,
+        "import torch\ndef falls(counts):\n"
+        "    return 1 - 0.25 * torch.arange(counts.mask.shape[1])\n",
+    )
+    config = AlgorithmConfig(token_weight=f"{file}:falls")
+    batch = make_batch([((1,), [(5,) * 5, (6,) * 6])])
+    objective = HybridObjective(config, 16, kinds=[])
+    scored = ScoredBatch(rollout=batch, scores=(), rewards=make_rewards(batch, [0.0, 0.0]))
+    with pytest.raises(
+        ConfigError, match=r":falls: returned -0\.25 for token 5 of a response of 6"
+    ):
+        objective.token_weight(scored, make_plan(batch))
+
+
 def test_a_users_pair_loss_moves_the_pair(tmp_path: Path) -> None:
     loss = f"{write_examples(tmp_path)}:SquaredHinge"
     config = AlgorithmConfig(pair=PairConfig(loss=loss, against="initial", target=3.0))

@@ -12,6 +12,8 @@ from hybridrl.settings.algorithm import AlgorithmConfig
 class ReturnGrid:
     """The returns of N responses in whole groups of K siblings; T is the longest response's length.
 
+    Groups that are dropped, e.g. because a reward function failed, are not in it.
+
     All returns are costs: the objective is minimised, so a reward of 1 is a return of -lambda.
 
     Example: two siblings with rewards 1 and 0 of one and two tokens, lambda 2, gamma 0: returns
