@@ -38,7 +38,7 @@ def describe(settings: RunSettings) -> Iterator[str]:
     directory = describe_directory(
         settings, digests(settings, prompts, heldout, prompts_by_set(sets))
     )
-    yield "all checks passed; nothing was started and nothing was written"
+    yield "all checks passed; nothing was started, and no run was changed"
     model = settings.model
     yield f"model     {model.path}, {model.dtype}; {reached('model.path', model)}"
     for name in settings.teachers_in_use:

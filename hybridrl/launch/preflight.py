@@ -117,7 +117,7 @@ def check_model(
         ConfigError: as check_models.
     """
     config = model_config(path, revision, setting=setting)
-    # Weights from the hub are downloaded by the worker that uses them, which also checks them.
+    # Weights from the hub are downloaded for their digests, and the workers check them.
     if not is_on_hub(path) and not (weights_of_engine and is_quantised(config)):
         load_outline(path, revision, setting=setting)
     if max_model_len is not None and max_model_len > (positions := most_positions(config)):

@@ -1,4 +1,4 @@
-"""Checks that a model or data set is available with the present token, before any download."""
+"""Checks whether a model or data set is available with the present token."""
 
 import os
 from dataclasses import dataclass
