@@ -193,7 +193,7 @@ def judge(runs: Runs) -> Judgement:
         name: estimate([run.numbers[f"accuracy_{STEPS}"] for run in of])
         for name, of in runs.items()
     }
-    listed = ", ".join(f"{points(of)} ({name})" for name, of in ends.items())
+    listed = ", ".join(f"{of.text(100, 1)} % ({name})" for name, of in ends.items())
     return Judgement(
         verdict=verdict,
         effect=f"reward of the hybrid minus distillation: {points(gain)}; J with the KL in the "
@@ -232,9 +232,9 @@ EXPERIMENT = Experiment(
     seeds=(0, 1, 2),
     judge=judge,
     draw=partial(draw_curves, steps=range(0, STEPS + 1, EVERY)),
-    cuts=f"One task, three methods, {STEPS} steps: what less than an hour allows. Before its first "
-    "run it was cut from 30 steps, from 60 of the teacher, and from prompts as chats with "
-    "responses of 16 tokens, because a step took 40 s here and not 8 s as was assumed. Its "
-    "five-step run trains the model of the quickstart, so a change of the code that affects this "
-    "model alone would not make its runs anew.",
+    cuts=f"One task, three methods, {STEPS} steps of workers with two threads: what less than an "
+    "hour allows. Before its first run it was cut from 30 steps, from 60 of the teacher, and from "
+    "prompts as chats with responses of 16 tokens, because a step took 40 s here and not 8 s as "
+    "was assumed. Its five-step run trains the model of the quickstart, so a change of the code "
+    "that affects this model alone would not make its runs anew.",
 )
