@@ -1058,7 +1058,7 @@ def test_the_language_model_is_judged_by_reward_and_objective(opd, in_reward, ve
                 seed,
                 reward=rewards.get(arm.name, 0.3),
                 objective=objectives.get(arm.name, 0.0),
-                accuracy_30=0.5,
+                **{f"accuracy_{language_model.STEPS}": 0.5},
             )
             for seed in range(3)
         ]
@@ -1319,7 +1319,7 @@ def made_up(seed: int) -> dict[str, float]:
         **dict.fromkeys(("reward", "greedy", "ranked", "tokens"), 0.3 + 0.01 * seed),
         **{"divergence": 2.0 + seed, "none": 1.0, "leave_one_out": 2.0 + seed, "cosine": 0.5},
         **{"dense_variation": 0.1, "dense_norm": 1.0, "sparse_norm": 1.0},
-        **{f"accuracy_{step}": 0.3 + step / 1000 for step in (0, *range(5, 201, 5))},
+        **{f"accuracy_{step}": 0.3 + step / 1000 for step in (0, 4, 8, 12, *range(5, 201, 5))},
         **{f"chosen_{end}": -1 - end / 1000 for end in ends},
         **{f"rejected_{end}": -1 - end / 100 for end in ends},
         **{"objective": -2.0, "chosen_end": -1.2, "rejected_end": -3.0},

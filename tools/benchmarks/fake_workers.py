@@ -190,7 +190,9 @@ class Judge:
     def ping(self) -> str:
         return "here"
 
-    def score(self, batch: RolloutBatch, weights: Sequence[float]) -> Rewards:
+    def score(
+        self, batch: RolloutBatch, weights: Sequence[float], only: str | None = None
+    ) -> Rewards:
         n = batch.num_sequences
         values = (np.arange(n) % 2).astype(np.float32)
         return Rewards(
