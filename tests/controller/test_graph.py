@@ -441,7 +441,7 @@ def test_a_killed_engine_is_replaced_while_the_other_answers_its_prompts(graph, 
 
 
 SHORT = DeadlineConfig(
-    heartbeat_s=8.0,
+    heartbeat_s=12.0,
     rollout_s=12.0,
     score_s=10.0,
     reward_s=10.0,
@@ -466,7 +466,7 @@ def short_deadlines(graph: Graph) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("kind", "silence"),
     [
-        ("rollout/0", r"(ping: no answer within 8|generate: no answer within 12) s"),
+        ("rollout/0", r"(ping|generate): no answer within 12 s"),
         ("reward/1", r"score: no answer within 10 s"),
     ],
     ids=["rollout/0", "reward/1"],
