@@ -254,11 +254,7 @@ def folder_licence(model: ModelConfig) -> str | None:
         return None
     try:
         stated = ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        yaml.YAMLError,
-    ):  # somebody else's card, without usable front matter
+    # The card is somebody else's, and may have no usable front matter.
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
         return None
     return stated if isinstance(stated, str) else None

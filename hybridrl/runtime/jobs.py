@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -280,6 +280,8 @@ def described(details: JobDetails) -> Submitted:
 
 
 def refusal(error: BaseException) -> str:
-    """The last line of an error of Ray's client, which may hold a traceback of the server."""
-    lines: Sequence[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].rstrip(".") if lines else type(error).__name__
+    """The last line of an error of Ray's client, which may hold a traceback of the server and end
+    with lines that hold a full stop alone.
+    """
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
+    return next((line for line in reversed(lines) if line), type(error).__name__)

@@ -17,7 +17,7 @@ from ray.job_submission import JobDetails, JobStatus
 
 from hybridrl.core.errors import ClusterLost, ConfigError
 from hybridrl.launch.submission import check, job_of, jobs, parsed, settings_of, variables
-from hybridrl.runtime.jobs import Jobs, Output, Submitted, exit_status
+from hybridrl.runtime.jobs import Jobs, Output, Submitted, exit_status, refusal
 
 QUICKSTART = ["experiment=quickstart", "run.dir=/shared/runs/a"]
 
@@ -352,6 +352,14 @@ def test_an_address_that_is_not_one_of_http_is_refused() -> None:
 def test_a_job_that_is_no_training_is_not_resumed(command: str) -> None:
     with pytest.raises(ConfigError, match=r"--resume a: its command is not hybridrl train: "):
         settings_of(submitted(command))
+
+
+def test_the_reason_of_a_refusal_is_its_last_line_with_words() -> None:
+    """Ray's answer to an id that a job has already."""
+    traceback = "Request failed: Traceback (most recent call last):\n  File job_manager.py\n"
+    refused = RuntimeError(f"{traceback}ValueError: Job with id x already exists.\n.\n.")
+    assert refusal(refused) == "ValueError: Job with id x already exists"
+    assert refusal(TimeoutError()) == "TimeoutError"
 
 
 @pytest.mark.parametrize("option", ["--stop", "--status"])
