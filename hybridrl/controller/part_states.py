@@ -1,4 +1,4 @@
-"""The states of the controller's parts in a checkpoint: a check and their return to the parts."""
+"""Checks the states of the controller's parts in a checkpoint, and loads them."""
 
 from collections.abc import Mapping
 from typing import Any

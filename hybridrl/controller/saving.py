@@ -20,7 +20,9 @@ from hybridrl.core.errors import (
 log = logging.getLogger(__name__)
 
 SAVED_ENDS = (Preempted, RunDirectoryError, RewardError, ServerError, FleetExhausted)
-"""Errors that end a run and leave its learner intact, so that what it learned can be saved."""
+"""Errors that end a run and usually leave its learner intact, so that what it learned can be saved.
+If the learner is lost too, saving fails, and the message names both errors.
+"""
 
 
 class Saving:

@@ -7,15 +7,14 @@ seeds that generator too, draws them.
 """
 
 import json
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from fractions import Fraction
 from typing import Any
 
+from hybridrl.core.child_module import ChildFailed, answer_of
 from hybridrl.core.errors import ConfigError
 from hybridrl.data.problem import Problem
 
@@ -93,30 +92,22 @@ def _drawn(
     field = f"data.dataset={dataset}, data.options={options}"
     total = sum(num for num, _ in draws)
     remedy = "lower data.num_train or change data.options"
-    # With -P, files of the working directory do not replace modules of the same name; it imports
-    # from the folders from which this process does.
     try:
-        child = subprocess.run(
-            [sys.executable, "-P", "-m", "hybridrl.data.reasoning_gym_tasks"],
-            input=json.dumps(given),
-            capture_output=True,
-            text=True,
-            timeout=DRAW_S,
-            env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
-            check=False,
+        text = answer_of(
+            "hybridrl.data.reasoning_gym_tasks",
+            given,
+            timeout_s=DRAW_S,
+            variables={"PYTHONHASHSEED": "0"},
         )
-    except subprocess.TimeoutExpired as error:
+    except TimeoutError as error:
         raise ConfigError(
             f"{field}: drawing {total} problems takes more than {DRAW_S:g} s; {remedy}"
         ) from error
-    if child.returncode != 0:
-        lines = child.stderr.strip().splitlines() or ["it wrote nothing"]
+    except ChildFailed as error:
         raise ConfigError(
-            f"{field}: drawing {total} problems ended its process with exit code "
-            f"{child.returncode} ({lines[-1]}); {remedy}"
-        )
-    # The answer is the last line, since a generator may write to the standard output.
-    answer = json.loads(child.stdout.rpartition("\n")[2], object_hook=restored)
+            f"{field}: drawing {total} problems ended its process ({error}); {remedy}"
+        ) from error
+    answer = json.loads(text, object_hook=restored)
     if isinstance(answer, str):
         raise ConfigError(f"{field}: reasoning_gym refuses them: {answer}")
     return answer
@@ -171,4 +162,4 @@ def marked(value: Any) -> Any:
 if __name__ == "__main__":
     with redirect_stdout(sys.stderr):
         answer = _draw(**json.load(sys.stdin))
-    print("\n" + json.dumps(marked(answer)), end="")
+    print(json.dumps(marked(answer)))

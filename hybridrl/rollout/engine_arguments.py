@@ -6,8 +6,6 @@ changes torch, so a child process (`python -m hybridrl.rollout.engine_arguments`
 
 import difflib
 import json
-import os
-import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -16,6 +14,7 @@ from enum import Enum
 from importlib.util import find_spec
 from typing import Any, get_args
 
+from hybridrl.core.child_module import ChildFailed, answer_of
 from hybridrl.core.errors import ConfigError
 from hybridrl.core.plain_text import described
 from hybridrl.settings.rollout import RolloutConfig
@@ -189,35 +188,24 @@ def ask_vllm(arguments: Mapping[str, Any], setting: str) -> Answer:
     Raises:
         ConfigError: the child process could not import vLLM.
     """
-    # With -P, files of the working directory do not replace modules of the same name; it imports
-    # from the folders from which this process does.
     try:
-        child = subprocess.run(
-            [sys.executable, "-P", "-m", "hybridrl.rollout.engine_arguments"],
-            input=json.dumps(dict(arguments)),
-            capture_output=True,
-            text=True,
-            timeout=IMPORT_S,
-            env={
-                **os.environ,
-                "VLLM_LOGGING_LEVEL": "ERROR",
-                "PYTHONPATH": os.pathsep.join(sys.path),
-            },
-            check=False,
+        text = answer_of(
+            "hybridrl.rollout.engine_arguments",
+            dict(arguments),
+            timeout_s=IMPORT_S,
+            variables={"VLLM_LOGGING_LEVEL": "ERROR"},
         )
-    except subprocess.TimeoutExpired as error:
+    except TimeoutError as error:
         raise ConfigError(
             f"{setting}: cannot be checked, because importing vLLM takes more than {IMPORT_S:g} s "
             "here; repeat the command, or leave the setting out"
         ) from error
-    if child.returncode != 0:
-        problem = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+    except ChildFailed as error:
         raise ConfigError(
-            f"{setting}: cannot be checked, because vLLM cannot be imported here ({problem[-1]}); "
+            f"{setting}: cannot be checked, because vLLM cannot be imported here ({error}); "
             "install it, or leave the setting out"
-        )
-    # The answer is the last line, since vLLM also logs to the standard output.
-    return Answer(**json.loads(child.stdout.splitlines()[-1]))
+        ) from error
+    return Answer(**json.loads(text))
 
 
 # -- in a process that may import vLLM -------------------------------------------------------------

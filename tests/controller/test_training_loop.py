@@ -202,7 +202,12 @@ def test_the_token_samples_of_each_step_are_in_the_run_directory(tmp_path: Path)
 # -- errors that end the run ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [RewardError("judge"), ServerError("url"), FleetExhausted("r")])
+each_outage = pytest.mark.parametrize(
+    "error", [RewardError("judge"), ServerError("url"), FleetExhausted("r")]
+)
+
+
+@each_outage
 def test_a_run_that_gets_no_rewards_scores_or_responses_saves_the_steps_before(
     tmp_path: Path, error: HybridRLError
 ):
@@ -213,7 +218,7 @@ def test_a_run_that_gets_no_rewards_scores_or_responses_saves_the_steps_before(
     assert checkpoint_of(tmp_path, 2).state.metrics["eval/accuracy"] == 0.25
 
 
-@pytest.mark.parametrize("error", [RewardError("judge"), ServerError("url"), FleetExhausted("r")])
+@each_outage
 def test_an_error_after_the_update_of_a_step_saves_nothing_since_the_step_is_not_complete(
     tmp_path: Path, error: HybridRLError
 ):
